@@ -1,0 +1,1 @@
+"""Plain data that every layer may use: requests, plans, messages, errors. Standard library and msgspec only."""

@@ -1,0 +1,199 @@
+"""Messages between the API process and the engine process, msgpack through msgspec (tagged unions both ways)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from specserve.core.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class LoraRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One adapter of a request, by name, with its scale (`lora: "sql"` is `LoraRef("sql")`)."""
+
+    name: str
+    scale: float = 1.0
+
+
+# --- client → engine ---------------------------------------------------------------------------------------------
+
+
+class AddRequest(msgspec.Struct, tag="add", frozen=True, kw_only=True):
+    """One sequence to generate. `output_ids` resumes it: tokens that were generated before, anywhere.
+
+    `params.n` is 1 here (the client splits n); `seed` is what the random numbers are keyed by (always set).
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    lora: tuple[LoraRef, ...] = ()
+    output_ids: list[int] = []
+    cache_salt: str = ""
+
+
+class AbortRequests(msgspec.Struct, tag="abort", frozen=True):
+    """Stop these requests now; unknown ids are ignored (they may have just finished)."""
+
+    request_ids: list[str]
+
+
+class LoadAdapter(msgspec.Struct, tag="load", frozen=True, kw_only=True):
+    """Load or reload (`replace`) an adapter from a folder; answered by a Reply with an AdapterInfo."""
+
+    call_id: int
+    name: str
+    path: str
+    draft_path: str | None = None  # default: the folder's subfolder draft/, if there is one
+    pinned: bool = False
+    replace: bool = False
+
+
+class UnloadAdapter(msgspec.Struct, tag="unload", frozen=True, kw_only=True):
+    """Forget a name. Requests that use it finish on the version they began with; then its memory is freed."""
+
+    call_id: int
+    name: str
+
+
+class PinAdapter(msgspec.Struct, tag="pin", frozen=True, kw_only=True):
+    """Pin: never evicted from its device slot. Unpin with pinned=False."""
+
+    call_id: int
+    name: str
+    pinned: bool = True
+
+
+class ListAdapters(msgspec.Struct, tag="list", frozen=True, kw_only=True):
+    """Answered by a Reply whose `adapters` holds every registered adapter."""
+
+    call_id: int
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
+    """End the engine process after the step in flight."""
+
+
+ToEngine = AddRequest | AbortRequests | LoadAdapter | UnloadAdapter | PinAdapter | ListAdapters | Shutdown
+
+# --- engine → client ---------------------------------------------------------------------------------------------
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probability of one generated token under the target's raw distribution, and the top alternatives."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = []  # (token id, logprob), most likely first
+
+
+class SpeculationStats(msgspec.Struct):
+    """One request's drafting so far. `accepted_per_position[j]`: rounds whose draft j was accepted."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafted_per_position: list[int] = []
+    accepted_per_position: list[int] = []
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """A SpecserveError on the wire: `code` is a key of `errors.BY_CODE`."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """What one step gave one request: only the new tokens. The last one carries `finish_reason`."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the stop or EOS token that ended it (it is not in token_ids)
+    cached_tokens: int = 0  # prompt tokens served from the prefix cache
+    speculation: SpeculationStats | None = None  # with the last output
+    error: ErrorInfo | None = None
+
+
+class AdapterInfo(msgspec.Struct, kw_only=True):
+    """One registered adapter as the API lists it."""
+
+    name: str
+    path: str
+    version: str  # content hash of config and weights, target and companion; "" before the first read
+    tier: Literal["disk", "host", "device"]
+    slot: int | None = None
+    rank: int = 0
+    num_bytes: int = 0
+    pinned: bool = False
+    has_draft: bool = False
+    running: int = 0
+    requests: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    last_used: float | None = None  # seconds since the epoch
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """Gauges and monotonic counters since start; sent with outputs, at most every 100 ms and at idle."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    num_drafts: int = 0  # rounds
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_pos: list[int] = []
+    adapters: list[AdapterInfo] = []
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
+    """First message of an engine process: what the client must know to validate requests."""
+
+    model: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    proposers: list[str]
+    num_blocks: int
+    device: str
+    dtype: str
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """Start-up failed with a user error (say, an unreadable model)."""
+
+    error: ErrorInfo
+
+
+class StepOutputs(msgspec.Struct, tag="outputs"):
+    """Everything one step produced."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats | None = None
+
+
+class Reply(msgspec.Struct, tag="reply", kw_only=True):
+    """Answer to a call with a call_id."""
+
+    call_id: int
+    error: ErrorInfo | None = None
+    adapters: list[AdapterInfo] = []
+
+
+FromEngine = Ready | Failed | StepOutputs | Reply
