@@ -1,0 +1,54 @@
+# `make` prints this help. Everything runs in VENV, which the first target that needs it creates.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
+# Workers share the cores: more than one thread each makes tiny matrix products slower, not faster.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-slow test-laws test-gpu check format demo bench-cpu clean
+
+help: ## Show what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
+
+$(INSTALLED): pyproject.toml constraints-dev.txt
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[dev]'
+	touch $@
+
+install: $(INSTALLED) ## Create .venv and install specserve with its development tools
+
+test: $(INSTALLED) ## Run the fast tests on the CPU
+	$(PYTEST) -m 'not slow and not gpu and not laws_full'
+
+test-slow: $(INSTALLED) ## Run the tests that take more than a few seconds each
+	$(PYTEST) -m 'slow and not gpu and not laws_full'
+
+test-laws: $(INSTALLED) ## Run the full product of every law
+	$(PYTEST) -m laws_full tests/laws
+
+test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+check: $(INSTALLED) ## Lint, check formatting, types and the layers' import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Apply the formatter and the safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(INSTALLED) ## Serve the bundled models and send them a mixed batch
+	$(BIN)/python examples/demo.py
+
+bench-cpu: $(INSTALLED) ## Measure against transformers' generate on this CPU
+	$(BIN)/python benchmarks/cpu.py
+
+clean: ## Remove the environment, caches and build products
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,17 @@
+"""What every test shares: quiet, offline, and few threads, since the workers of pytest-xdist divide the cores."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Matrices of tiny models are too small for threads to pay; OMP_NUM_THREADS says otherwise where it is set."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
