@@ -1,0 +1,68 @@
+"""What one forward pass is told: where its tokens stand, their KV caches, their adapters, the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from specserve_kernels.attention import AttentionMetadata
+from torch import Tensor
+
+
+class LoraApplier(Protocol):
+    """The adapters of one step's tokens; built once a step, shared by every linear."""
+
+    def apply(self, linear_index: int, x: Tensor, y: Tensor) -> None:
+        """Add the adapters' share of linear `linear_index` (index in `model.linears`) to y, in place.
+
+        x: [T, in_features], y: [T, out_features], both contiguous and of the model's dtype.
+        """
+
+
+class Communicator(Protocol):
+    """The ranks among which one model is sharded."""
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum of x over all ranks, the same on each."""
+
+
+class SingleRank:
+    """One rank: nothing to exchange."""
+
+    size = 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+
+SINGLE_RANK = SingleRank()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """Arguments of one forward besides the token ids; built by the runner, read by the layers.
+
+    `kv_caches[layer]` = (k, v), each [num_blocks * block_size, num_kv_heads, head_dim], zero when allocated (a
+    masked key must be finite). `lora` None: no token of this forward has an adapter.
+    """
+
+    attention: AttentionMetadata
+    kv_caches: Sequence[tuple[Tensor, Tensor]]
+    lora: LoraApplier | None = None
+    communicator: Communicator = SINGLE_RANK
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutputs:
+    """What verification reads of a target's forward.
+
+    `logits`: [N, vocab]. `aux_hidden`: [N, n_layers_asked * hidden] for proposers that draft from hidden states,
+    else None.
+    """
+
+    logits: Tensor
+    aux_hidden: Tensor | None = None
