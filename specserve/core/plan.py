@@ -42,7 +42,8 @@ class PlanRow(msgspec.Struct, frozen=True, kw_only=True):
 
     Decode/verify: `num_new` = 1, `start` = None (the true position lives on the device).
     Prefill chunk: `num_new` tokens from `start`; `samples` is true when it ends at the last known token.
-    `draft_prefill` = (start, n): catch the draft model's KV up over n known tokens before any drafting.
+    `draft_prefill`: how many known tokens the draft model's KV is caught up over before any drafting; it begins
+    where the device says that the draft's KV ends.
     """
 
     request_id: str
@@ -53,7 +54,7 @@ class PlanRow(msgspec.Struct, frozen=True, kw_only=True):
     samples: bool = True
     proposer: str | None = None
     method: Method = "rejection"
-    draft_prefill: tuple[int, int] | None = None
+    draft_prefill: int = 0
     context_bound: int = 0  # upper bound of tokens in the KV cache after this step, for sizing reads
 
 

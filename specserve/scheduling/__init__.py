@@ -1,0 +1,1 @@
+"""What runs next: scheduler, KV cache blocks, prefix cache, how many drafts. Never sees a tensor."""

@@ -1,0 +1,49 @@
+"""How many tokens to draft for a row, and how much of the draft model's KV must be caught up first.
+
+Plain arithmetic over a Request; the scheduler asks once a row and step. A measured, adaptive choice replaces
+`choose_drafts` behind the same signature.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from specserve.scheduling.request import Request
+
+# The first draft pass reads the last two committed tokens, so the draft's KV must reach up to there.
+DRAFT_LAG = 2
+
+
+class DraftChoice(NamedTuple):
+    """`num_drafts` tokens to draft and verify, after `catch_up` known tokens of draft prefill."""
+
+    num_drafts: int
+    catch_up: int
+
+
+NO_DRAFTS = DraftChoice(0, 0)
+
+
+def draft_gap(request: Request) -> int:
+    """Known tokens that the draft's KV lacks before it can draft.
+
+    A drafting step in flight leaves no gap whatever it accepts; steps in flight without drafts add one token each.
+    """
+    if request.in_flight_bound > request.num_in_flight_sampling:
+        return 0
+    known = request.num_tokens + request.num_in_flight_sampling
+    return max(0, known - DRAFT_LAG - request.num_draft_scheduled_tokens)
+
+
+def choose_drafts(request: Request, budget: int, *, draft_kv: bool) -> DraftChoice:
+    """Drafts for a decode row that may use `budget` tokens, its own input token included.
+
+    Nothing is drafted that could not be emitted, and drafting waits until the draft's KV is caught up.
+    """
+    wanted = min(request.num_draft_tokens, request.tokens_left - 1)
+    if wanted <= 0 or budget <= 1:
+        return NO_DRAFTS
+    gap = draft_gap(request) if draft_kv else 0
+    if gap >= budget - 1:
+        return DraftChoice(0, budget - 1)
+    return DraftChoice(min(wanted, budget - 1 - gap), gap)

@@ -1,0 +1,346 @@
+"""Scheduler: which tokens of which requests run in the next step, and what a step's result means for them.
+
+One rule: a request has tokens that are known (or drafted) and tokens whose KV is computed, and a step hands out the
+difference under one token budget. A decode is 1 token, a verification 1+k, a prefill chunk n.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from specserve.core.errors import AdapterError
+from specserve.core.messages import ErrorInfo, LoraRef, RequestOutput
+from specserve.core.plan import AdapterLoad, BlockAppend, NewRow, PlanRow, RowResult, StepPlan, StepResult
+from specserve.scheduling.drafts import choose_drafts
+from specserve.scheduling.kv_cache_manager import KVCacheManager
+from specserve.scheduling.outputs import accept_tokens, record_speculation
+from specserve.scheduling.prefix_cache import root_hash
+from specserve.scheduling.request import Request, Status
+from specserve_adapters.manager import AdapterUse
+
+
+class AdapterSlots(Protocol):
+    """What the scheduler needs of the AdapterManager."""
+
+    def acquire(self, refs: tuple[LoraRef, ...]) -> tuple[AdapterUse, ...]: ...
+    def prepare(self, uses: tuple[AdapterUse, ...]) -> bool: ...
+    def take_slots(
+        self, uses: tuple[AdapterUse, ...]
+    ) -> tuple[tuple[tuple[int, float], ...], list[AdapterLoad]] | None: ...
+    def release_slots(self, uses: tuple[AdapterUse, ...]) -> None: ...
+    def release(self, uses: tuple[AdapterUse, ...]) -> None: ...
+    def cache_key(self, uses: tuple[AdapterUse, ...]) -> list[tuple[str, float]]: ...
+    def count_tokens(self, uses: tuple[AdapterUse, ...], tokens: int, drafted: int, accepted: int) -> None: ...
+
+
+class InFlightRow(NamedTuple):
+    """A plan row on its way, with the request that it belongs to and the epoch in which it was planned."""
+
+    request: Request
+    epoch: int
+    row: PlanRow
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making. `budget`: tokens left."""
+
+    budget: int
+    decodes: list[InFlightRow] = field(default_factory=list)
+    prefills: list[InFlightRow] = field(default_factory=list)
+    new_rows: list[NewRow] = field(default_factory=list)
+    blocks: list[BlockAppend] = field(default_factory=list)
+    loads: list[AdapterLoad] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Monotonic counters since start."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_per_pos: list[int] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns waiting and running requests. `draft_kv[name]`: whether that proposer keeps KV of its own."""
+
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        adapters: AdapterSlots,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        draft_kv: Mapping[str, bool],
+    ) -> None:
+        self.kv = kv
+        self.adapters = adapters
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.draft_kv = draft_kv
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.requests: dict[str, Request] = {}
+        self.free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self.in_flight: deque[list[InFlightRow]] = deque()
+        self.stats = SchedulerStats()
+        self._failed: list[RequestOutput] = []
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request; it takes its references on adapters now. Raises NotFoundError for an unknown adapter."""
+        request.adapter_uses = self.adapters.acquire(request.lora)
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request at any moment, silently; an unknown id is one that has just finished."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._finish(request)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running or self.in_flight or self._failed)
+
+    # --- schedule ---------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """The next step's plan; empty when nothing can run now."""
+        draft = _Draft(self.max_num_batched_tokens)
+        for request in list(self.running):
+            if request.status is Status.RUNNING:
+                self._plan_prefill(request, draft) if request.prefilling else self._plan_decode(request, draft)
+        self._admit_waiting(draft)
+        rows = draft.decodes + draft.prefills
+        if rows:
+            self.in_flight.append(rows)
+            self.stats.steps += 1
+        return StepPlan(
+            step_id=self.stats.steps,
+            rows=[entry.row for entry in rows],
+            new_rows=draft.new_rows,
+            blocks=draft.blocks,
+            adapter_loads=draft.loads,
+        )
+
+    def _plan_decode(self, request: Request, draft: _Draft) -> None:
+        if request.tokens_left <= 0 or draft.budget < 1:
+            return
+        draft_kv = request.proposer is not None and self.draft_kv[request.proposer]
+        drafts, catch_up = choose_drafts(request, draft.budget, draft_kv=draft_kv)
+        bound = min(request.num_tokens + request.in_flight_bound + drafts, request.max_total)
+        if not self._grow(request, bound, draft):
+            return
+        assert request.row is not None
+        row = PlanRow(
+            request_id=request.request_id, row=request.row, num_new=1, num_drafts=drafts,
+            proposer=request.proposer if drafts or catch_up else None, method=request.params.method,
+            draft_prefill=catch_up, context_bound=bound,
+        )  # fmt: skip
+        request.num_draft_scheduled_tokens += catch_up
+        draft.budget -= 1 + drafts + catch_up
+        draft.decodes.append(self._submit(request, row))
+
+    def _plan_prefill(self, request: Request, draft: _Draft) -> None:
+        start = request.num_computed_tokens
+        count = min(request.prefill_end - start, draft.budget)
+        if count < 1 or not self._grow(request, start + count, draft):
+            return
+        assert request.row is not None
+        request.num_computed_tokens += count
+        row = PlanRow(
+            request_id=request.request_id, row=request.row, num_new=count, start=start,
+            samples=not request.prefilling, method=request.params.method, context_bound=start + count,
+        )  # fmt: skip
+        draft.budget -= count
+        draft.prefills.append(self._submit(request, row))
+
+    def _submit(self, request: Request, row: PlanRow) -> InFlightRow:
+        request.num_in_flight += 1
+        if row.samples:
+            request.num_in_flight_sampling += 1
+            request.in_flight_bound += 1 + row.num_drafts
+        return InFlightRow(request, request.epoch, row)
+
+    def _grow(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+        """Blocks for `num_tokens`, preempting the youngest requests for them; False if it was itself preempted."""
+        start = len(request.block_ids)
+        while (blocks := self.kv.grow(request, num_tokens)) is None:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        if blocks:
+            assert request.row is not None
+            draft.blocks.append(BlockAppend(request.row, start, blocks))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the head of the queue; its tokens stay, its KV is recomputed. Steps in flight still bring tokens.
+
+        Its blocks may be handed out at once: the device runs steps in order, so the step in flight is done with them.
+        """
+        self._leave_row(request)
+        request.epoch += 1
+        request.status = Status.WAITING
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+        self.stats.preemptions += 1
+
+    # --- admission --------------------------------------------------------------------------------------------------
+
+    def _admit_waiting(self, draft: _Draft) -> None:
+        """Admit in order. A request whose adapter is still loading waits alone; one that lacks a device slot holds
+        back later requests that would take slots too, so that slots drain towards it."""
+        slots_short = False
+        for request in list(self.waiting):
+            if draft.budget < 1 or not self.free_rows:
+                return
+            if request.num_in_flight or not self._prepared(request) or (slots_short and request.adapter_uses):
+                continue
+            granted = self.adapters.take_slots(request.adapter_uses)
+            if granted is None:
+                slots_short = True
+                continue
+            slots, loads = granted
+            request.root = root_hash(self.adapters.cache_key(request.adapter_uses), request.cache_salt)
+            admitted = self.kv.admit(request)
+            draft.loads.extend(loads)  # the slot is theirs from now on, admitted or not
+            if not admitted:
+                self.adapters.release_slots(request.adapter_uses)
+                return
+            self._enter_row(request, slots, draft)
+            self._plan_prefill(request, draft)
+
+    def _prepared(self, request: Request) -> bool:
+        try:
+            return self.adapters.prepare(request.adapter_uses)
+        except AdapterError as error:
+            info = ErrorInfo(error.code or "invalid_adapter", error.message, error.param)
+            self._failed.append(RequestOutput(request_id=request.request_id, finish_reason="error", error=info))
+            self._finish(request)
+            return False
+
+    def _enter_row(self, request: Request, slots: tuple[tuple[int, float], ...], draft: _Draft) -> None:
+        self.waiting.remove(request)
+        self.running.append(request)
+        request.status = Status.RUNNING
+        request.row = self.free_rows.pop()
+        request.prefill_end = request.num_tokens
+        if request.epoch == 0:
+            request.cached_tokens = min(request.num_computed_tokens, request.prompt_len)
+            self.stats.prompt_tokens += request.prompt_len
+        draft.new_rows.append(
+            NewRow(
+                row=request.row, token_ids=list(request.token_ids), prompt_len=request.prompt_len,
+                params=request.params, seed=request.seed, stop_ids=request.stop_ids, adapters=slots,
+                num_computed=request.num_computed_tokens, num_draft_computed=request.num_draft_computed_tokens,
+            )
+        )  # fmt: skip
+        if request.block_ids:
+            draft.blocks.append(BlockAppend(request.row, 0, list(request.block_ids)))
+
+    # --- commit -----------------------------------------------------------------------------------------------------
+
+    def commit(self, result: StepResult) -> list[RequestOutput]:
+        """Take the oldest step's result: append tokens, end requests, offer full blocks to the prefix cache."""
+        outputs = self.take_failed()
+        for entry, row_result in zip(self.in_flight.popleft(), result.rows, strict=True):
+            output = self._commit_row(entry, row_result)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def take_failed(self) -> list[RequestOutput]:
+        """Outputs of requests that ended without a step, because their adapter could not be read."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _commit_row(self, entry: InFlightRow, result: RowResult) -> RequestOutput | None:
+        request, epoch, row = entry
+        request.num_in_flight -= 1
+        if row.samples:
+            request.num_in_flight_sampling -= 1
+            request.in_flight_bound -= 1 + row.num_drafts
+        if request.status is Status.FINISHED:  # it computed once more; that is neither emitted nor counted
+            if request.num_in_flight == 0:
+                self._leave_row(request)
+            return None
+        known = request.num_tokens
+        output = accept_tokens(request, result) if row.samples else None
+        if request.epoch == epoch:
+            computed = known + result.num_accepted if row.start is None else row.start + row.num_new
+            self.kv.commit(request, computed)
+            self._commit_draft(request, row, known, result)
+        if output is not None:
+            self._count(request, row, result, output)
+            if output.finish_reason is not None:
+                self._finish(request)
+        return output
+
+    def _commit_draft(self, request: Request, row: PlanRow, known: int, result: RowResult) -> None:
+        if row.proposer is None or not self.draft_kv[row.proposer]:
+            return
+        if row.num_drafts:  # passes wrote the last two tokens and all drafts but the last
+            self.kv.commit_draft(request, known + min(result.num_accepted, row.num_drafts - 1))
+        else:
+            self.kv.commit_draft(request, request.num_draft_computed_tokens + row.draft_prefill)
+
+    def _count(self, request: Request, row: PlanRow, result: RowResult, output: RequestOutput) -> None:
+        self.stats.generation_tokens += len(output.token_ids)
+        if row.num_drafts:
+            record_speculation(request.stats, row.num_drafts, result)
+            self.stats.rounds += 1
+            self.stats.drafted += result.num_drafted
+            self.stats.accepted += result.num_accepted
+            positions = self.stats.accepted_per_pos
+            positions.extend([0] * (row.num_drafts - len(positions)))
+            for index in range(result.num_accepted):
+                positions[index] += 1
+        self.adapters.count_tokens(
+            request.adapter_uses, len(output.token_ids), result.num_drafted, result.num_accepted
+        )
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, request: Request) -> None:
+        if request.status is Status.WAITING:
+            self.waiting.remove(request)
+        else:
+            self.running.remove(request)
+        request.status = Status.FINISHED
+        del self.requests[request.request_id]
+        if request.row is not None and request.num_in_flight == 0:
+            self._leave_row(request)
+        self.adapters.release(request.adapter_uses)
+
+    def _leave_row(self, request: Request) -> None:
+        """Give back row, blocks and device slots. A finished request does so once no step in flight writes to them."""
+        if request.row is None:
+            return
+        self.kv.release(request)
+        self.free_rows.append(request.row)
+        request.row = None
+        self.adapters.release_slots(request.adapter_uses)
+
+    def check_integrity(self) -> None:
+        """Assert that rows and blocks belong to exactly one owner and none leaked."""
+        holders = {id(r): r for r in self.running}
+        holders |= {id(e.request): e.request for step in self.in_flight for e in step if e.request.row is not None}
+        rows = [r.row for r in holders.values()]
+        assert len(set(rows)) == len(rows), "two requests share a row"
+        assert None not in rows, "a running request lacks a row"
+        total = len(rows) + len(self.free_rows)
+        assert len(set(self.free_rows) | set(rows)) == total, "rows leaked or doubled"
+        self.kv.pool.check_integrity([r.block_ids for r in holders.values()])
+        assert set(self.requests.values()) == set(self.waiting) | set(self.running), "requests leaked"
