@@ -68,6 +68,10 @@ class StepPlan(msgspec.Struct, kw_only=True):
     adapter_loads: list[AdapterLoad] = []
 
     @property
+    def empty(self) -> bool:
+        return not self.rows and not self.adapter_loads
+
+    @property
     def num_tokens(self) -> int:
         return sum(row.num_new + row.num_drafts for row in self.rows)
 

@@ -1,0 +1,1 @@
+"""Tensors: device rows, KV caches, the ModelRunner and its executor."""

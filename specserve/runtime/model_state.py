@@ -1,0 +1,76 @@
+"""ModelState: one model (target or draft) with its KV cache and its pool of adapter slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from specserve.layers.context import ForwardContext
+from specserve.layers.linear import Linear
+from specserve.models.spec import ModelSpec
+from specserve.runtime.layout import StepLayout
+from specserve.runtime.rows import DeviceRows
+from specserve_adapters.pool import AdapterPool
+from specserve_kernels.attention import AttentionMetadata
+from torch import Tensor
+
+
+class Model(Protocol):
+    """What a family's file provides."""
+
+    spec: ModelSpec
+    linears: Sequence[Linear]
+
+    def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor: ...
+    def compute_logits(self, hidden: Tensor) -> Tensor: ...
+
+
+def kv_bytes_per_block(spec: ModelSpec, block_size: int) -> int:
+    """Bytes of one block's keys and values over all layers."""
+    return 2 * spec.num_layers * block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+
+
+class ModelState:
+    """`kv_caches[layer]` = (k, v), each [num_blocks * block_size, kv_heads, head_dim]."""
+
+    def __init__(
+        self, model: Model, *, num_blocks: int, block_size: int, adapter_slots: int, max_rank: int, device: torch.device
+    ) -> None:
+        spec = model.spec
+        shape = (num_blocks * block_size, spec.num_kv_heads, spec.head_dim)
+        self.model = model
+        self.block_size = block_size
+        self.kv_caches = [
+            (torch.zeros(shape, dtype=spec.dtype, device=device), torch.zeros(shape, dtype=spec.dtype, device=device))
+            for _ in range(spec.num_layers)
+        ]
+        specs = [linear.spec for linear in model.linears]
+        self.adapters = AdapterPool(specs, adapter_slots, max_rank, spec.dtype, device)
+
+    def forward(
+        self,
+        rows: DeviceRows,
+        row_list: tuple[int, ...],
+        row_index: Tensor,
+        layout: StepLayout,
+        positions: Tensor,
+        context_bounds: tuple[int, ...],
+    ) -> Tensor:
+        """Hidden states [T, hidden] of the rows' history at `positions` [T]; their KV is written on the way.
+
+        Positions that were never given a block (over-long rows) write to block 0.
+        """
+        row_of_token = row_index[layout.sequence]  # [T]
+        input_ids = rows.history[row_of_token, positions]
+        blocks = rows.block_tables[row_of_token, positions // self.block_size]
+        metadata = AttentionMetadata(
+            positions=positions.clamp(max=self.model.spec.max_model_len - 1),
+            slot_mapping=blocks * self.block_size + positions % self.block_size,
+            block_tables=rows.block_tables[row_index],
+            query_lens=layout.query_lens,
+            context_bounds=context_bounds,
+            block_size=self.block_size,
+        )
+        lora = self.adapters.make_batch([rows.adapters[row] for row in row_list], layout.query_lens)
+        return self.model.forward(input_ids, ForwardContext(metadata, self.kv_caches, lora))

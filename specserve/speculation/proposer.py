@@ -1,0 +1,64 @@
+"""The seam between the runner and a proposer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from specserve.sampling.batch import SamplingBatch
+from torch import Tensor
+
+ForwardFn = Callable[[Tensor], Tensor]
+"""Draft forward given by the runner: positions [B, Q] int64 of tokens in the rows' history → logits [B, vocab] of each
+row's last position. It writes the draft's KV at those positions and applies the rows' draft companions."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """Rows to draft for. `num_drafts[i]` ≥ 1 is how many drafts row i may get; K is their maximum.
+
+    `history` [R, width] int64 and `lengths` [R] int64 are those of all device rows, `rows` [B] int64 picks this batch's,
+    `num_tokens` = lengths[rows]. Columns from a row's length on are scratch: a drafted token is written there to be read
+    back by the next pass.
+    """
+
+    rows: Tensor
+    num_drafts: tuple[int, ...]
+    history: Tensor
+    lengths: Tensor
+    num_tokens: Tensor
+    sampling: SamplingBatch
+    forward: ForwardFn | None  # None: no draft model is loaded
+
+    @property
+    def max_drafts(self) -> int:
+        return max(self.num_drafts)
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """`tokens` [B, K] int64; `counts` [B] int64 ≤ num_drafts: how many of a row's K are real.
+
+    `probs` [B, K, vocab]: the exact processed distribution that each token was drawn from, or None if the proposer is
+    sure of its tokens (one-hot).
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    probs: Tensor | None = None
+
+
+class Proposer(Protocol):
+    """`location` "host" makes the pipeline run at depth 1, for the proposer must see committed tokens.
+
+    `keeps_kv`: it owns draft KV, which must be caught up before it can draft.
+    """
+
+    name: str
+    location: Literal["device", "host"]
+    keeps_kv: bool
+
+    def propose(self, batch: DraftBatch) -> Drafts:
+        """Draft up to `num_drafts[i]` tokens after each row's last committed token."""
+        ...
