@@ -122,7 +122,7 @@ class Scheduler:
                 self._plan_prefill(request, draft) if request.prefilling else self._plan_decode(request, draft)
         self._admit_waiting(draft)
         rows = draft.decodes + draft.prefills
-        if rows:
+        if rows or draft.loads:
             self.in_flight.append(rows)
             self.stats.steps += 1
         return StepPlan(
@@ -273,8 +273,8 @@ class Scheduler:
             request.num_in_flight_sampling -= 1
             request.in_flight_bound -= 1 + row.num_drafts
         if request.status is Status.FINISHED:  # it computed once more; that is neither emitted nor counted
-            if request.num_in_flight == 0:
-                self._leave_row(request)
+            if request.num_in_flight == 0 and request.row is not None:
+                self._retire(request)
             return None
         known = request.num_tokens
         output = accept_tokens(request, result) if row.samples else None
@@ -285,6 +285,7 @@ class Scheduler:
         if output is not None:
             self._count(request, row, result, output)
             if output.finish_reason is not None:
+                output.speculation = request.stats
                 self._finish(request)
         return output
 
@@ -320,14 +321,17 @@ class Scheduler:
             self.running.remove(request)
         request.status = Status.FINISHED
         del self.requests[request.request_id]
-        if request.row is not None and request.num_in_flight == 0:
+        if request.row is None or request.num_in_flight == 0:
+            self._retire(request)
+
+    def _retire(self, request: Request) -> None:
+        """The end of a finished request, once no step in flight writes to its blocks or reads its adapters."""
+        if request.row is not None:
             self._leave_row(request)
         self.adapters.release(request.adapter_uses)
 
     def _leave_row(self, request: Request) -> None:
-        """Give back row, blocks and device slots. A finished request does so once no step in flight writes to them."""
-        if request.row is None:
-            return
+        assert request.row is not None
         self.kv.release(request)
         self.free_rows.append(request.row)
         request.row = None

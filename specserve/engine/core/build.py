@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from specserve.config import DEMO_ROOT, EngineConfig
+from msgspec.structs import replace
+from specserve.config import DEMO_ROOT, Dtype, EngineConfig
 from specserve.core.errors import InvalidRequestError, ModelLoadError
 from specserve.device import free_memory, resolve_device
 from specserve.loading import load_model
@@ -13,6 +16,7 @@ from specserve.models.spec import ModelSpec
 from specserve.runtime.model_state import Model, ModelState, kv_bytes_per_block
 from specserve.runtime.rows import DeviceRows
 from specserve.runtime.runner import ModelRunner
+from specserve.speculation.proposer import Proposer
 from specserve.speculation.registry import ProposerRegistry
 from specserve_adapters.manager import AdapterManager
 
@@ -40,8 +44,6 @@ def demo_config(config: EngineConfig) -> EngineConfig:
     """`model="demo"` means the bundled target; its draft and adapters come along unless others are named."""
     if config.model != "demo":
         return config
-    from msgspec.structs import replace  # noqa: PLC0415
-
     adapters = sorted(path for path in (DEMO_ROOT / "adapters").iterdir() if path.is_dir())
     return replace(
         config,
@@ -58,3 +60,91 @@ def check_draft(target: ModelSpec, draft: ModelSpec) -> None:
             f"The draft model's vocabulary has {draft.vocab_size} tokens, the target's {target.vocab_size}: "
             "speculation needs a draft model with the same tokenizer."
         )
+
+
+def resolve_max_model_len(asked: int | None, specs: list[ModelSpec]) -> int:
+    """The models' own context, or the asked one if all of them have it."""
+    limit = min(spec.max_model_len for spec in specs)
+    if asked is not None and asked > limit:
+        raise InvalidRequestError(f"--max-model-len {asked} exceeds the {limit} tokens that the models support.")
+    return asked or limit
+
+
+def resolve_num_blocks(config: EngineConfig, specs: list[ModelSpec], max_model_len: int, device: torch.device) -> int:
+    """Blocks of the KV pool, block 0 included; one sequence of full length must fit."""
+    per_sequence = -(-max_model_len // config.block_size)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        on_cpu = device.type == "cpu"
+        budget = config.kv_cache_bytes if on_cpu else free_memory(device, config.gpu_memory_utilization)
+        per_block = sum(kv_bytes_per_block(spec, config.block_size) for spec in specs)
+        num_blocks = min(budget // per_block, per_sequence * config.max_num_seqs + 1)
+    if num_blocks < per_sequence + 1:
+        raise InvalidRequestError(
+            f"The KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of --max-model-len "
+            f"{max_model_len} needs {per_sequence + 1}: lower --max-model-len or give the cache more memory."
+        )
+    return num_blocks
+
+
+def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = ()) -> Resolved:
+    """Load the models and allocate everything. Raises ModelLoadError or InvalidRequestError."""
+    config = demo_config(config)
+    device = resolve_device(config.device)
+    target = load_model(config.model, dtype=config.dtype, device=device)
+    draft = _load_draft(config, target, device)
+    models = [target] if draft is None else [target, draft]
+    specs = [model.spec for model in models]
+    max_model_len = resolve_max_model_len(config.max_model_len, specs)
+    num_blocks = resolve_num_blocks(config, specs, max_model_len, device)
+    proposers = ProposerRegistry(has_draft_model=draft is not None, extra=extra_proposers)
+    adapters = _build_adapters(config, models)
+    states = [_state(config, model, num_blocks, device) for model in models]
+    rows = DeviceRows(
+        config.max_num_seqs, max_model_len, slack=2 * (MAX_DRAFTS + 1), block_size=config.block_size,
+        vocab_size=target.spec.vocab_size, device=device,
+        dtype=torch.float64 if target.spec.dtype == torch.float64 else torch.float32,
+    )  # fmt: skip
+    runner = ModelRunner(states[0], states[1] if draft else None, rows, proposers, adapters.host, device)
+    default = config.proposer or ("draft_model" if draft is not None else None)
+    if default is not None:
+        proposers.get(default)
+    return Resolved(
+        spec=target.spec, runner=runner, adapters=adapters, proposers=proposers, device=device, num_blocks=num_blocks,
+        max_model_len=max_model_len, pipeline_depth=config.pipeline_depth or (1 if device.type == "cpu" else 2),
+        default_proposer=default,
+        default_drafts=AUTO_DRAFTS if config.num_draft_tokens is None else config.num_draft_tokens,
+    )  # fmt: skip
+
+
+def _load_draft(config: EngineConfig, target: Model, device: torch.device) -> Model | None:
+    if config.draft_model is None:
+        return None
+    draft = load_model(config.draft_model, dtype=dtype_name(target.spec.dtype), device=device)
+    check_draft(target.spec, draft.spec)
+    return draft
+
+
+def _build_adapters(config: EngineConfig, models: list[Model]) -> AdapterManager:
+    specs = [[linear.spec for linear in model.linears] for model in models]
+    manager = AdapterManager(
+        specs[0], specs[1] if len(specs) > 1 else None, num_slots=config.max_loras, max_rank=config.max_lora_rank,
+        max_host_bytes=config.max_host_lora_bytes, dtype=models[0].spec.dtype, draft_dtype=models[-1].spec.dtype,
+    )  # fmt: skip
+    for name, path in config.loras:
+        manager.register(name, path)
+    return manager
+
+
+def _state(config: EngineConfig, model: Model, num_blocks: int, device: torch.device) -> ModelState:
+    return ModelState(
+        model, num_blocks=num_blocks, block_size=config.block_size, adapter_slots=config.max_loras,
+        max_rank=config.max_lora_rank, device=device,
+    )  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> Dtype:
+    """torch.float32 → "float32"."""
+    name = str(dtype).removeprefix("torch.")
+    assert name in ("float32", "bfloat16", "float16", "float64")
+    return cast(Dtype, name)

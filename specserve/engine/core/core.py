@@ -1,0 +1,246 @@
+"""EngineCore: requests in, tokens out. One step: schedule, submit, commit the oldest."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from specserve.config import EngineConfig
+from specserve.core.errors import ContextLengthError, InvalidRequestError, SpecserveError
+from specserve.core.messages import (
+    AdapterInfo, AddRequest, EngineStats, ErrorInfo, ListAdapters, LoadAdapter, LoraRef, PinAdapter, Ready, Reply,
+    RequestOutput, UnloadAdapter,
+)  # fmt: skip
+from specserve.core.sampling_params import SamplingParams
+from specserve.engine.core.build import Resolved, build_engine, dtype_name
+from specserve.runtime.executor import Executor, InlineExecutor, Ticket
+from specserve.scheduling.kv_cache_manager import KVCacheManager
+from specserve.scheduling.request import Request
+from specserve.scheduling.scheduler import Scheduler
+from specserve.speculation.proposer import Proposer
+from specserve_adapters.manager import LoadTicket
+
+IDLE_SECONDS = 0.001  # how long a step waits when all requests wait for an adapter's read
+
+AdapterCall = LoadAdapter | UnloadAdapter | PinAdapter | ListAdapters
+
+
+class EngineCore:
+    """One engine: models, scheduler, runner. Not thread-safe; two engines in one process are independent.
+
+    Raises ModelLoadError or InvalidRequestError (a setting) at construction. `proposers`: more of them, by name.
+    """
+
+    def __init__(self, config: EngineConfig, proposers: Sequence[Proposer] = ()) -> None:
+        built = build_engine(config, proposers)
+        self.config = config
+        self.built: Resolved = built
+        self.adapters = built.adapters
+        self.kv = KVCacheManager(
+            built.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.kv,
+            built.adapters,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            draft_kv=built.proposers.keeps_kv(),
+        )
+        self.executor: Executor = InlineExecutor(built.runner.execute)
+        self._tickets: deque[Ticket] = deque()
+        self._done: list[RequestOutput] = []  # ended without a step
+        self._loads: dict[int, LoadTicket] = {}  # by call id
+        self.ready = Ready(
+            model=config.model,
+            vocab_size=built.spec.vocab_size,
+            max_model_len=built.max_model_len,
+            eos_token_ids=list(built.spec.eos_token_ids),
+            proposers=built.proposers.names,
+            num_blocks=built.num_blocks,
+            device=str(built.device),
+            dtype=dtype_name(built.spec.dtype),
+        )
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Make one plan, submit it, and commit the oldest step once `depth` of them are on their way."""
+        plan = self.scheduler.schedule()
+        if not plan.empty:
+            self._tickets.append(self.executor.submit(plan))
+        outputs = self._take_done()
+        if self._tickets and (plan.empty or len(self._tickets) >= self._depth):
+            outputs += self.scheduler.commit(self._tickets.popleft().result())
+        elif plan.empty:
+            time.sleep(IDLE_SECONDS)
+        if self.config.check_integrity:
+            self.check_integrity()
+        return outputs
+
+    @property
+    def _depth(self) -> int:
+        """A proposer on the host must see committed tokens, so nothing may be in flight when it drafts."""
+        for request in self.scheduler.running:
+            if request.proposer is not None and self.built.proposers.get(request.proposer).location == "host":
+                return 1
+        return self.built.pipeline_depth
+
+    def _take_done(self) -> list[RequestOutput]:
+        done, self._done = self._done + self.scheduler.take_failed(), []
+        return done
+
+    def has_work(self) -> bool:
+        return bool(self.scheduler.has_work or self._done or self._loads)
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def add_request(self, request: AddRequest) -> None:
+        """Queue a request, or raise the SpecserveError that says which field is wrong. Nothing is queued then."""
+        if request.request_id in self.scheduler.requests:
+            raise InvalidRequestError(f"request_id {request.request_id!r} is already running.", param="request_id")
+        params = self._resolve_params(request.params)
+        token_ids = [*request.prompt_ids, *request.output_ids]
+        self._check_tokens(request.prompt_ids, token_ids)
+        prompt_len = len(request.prompt_ids)
+        room = self.built.max_model_len - prompt_len
+        proposer, drafts = self._resolve_speculation(params)
+        added = Request(
+            request_id=request.request_id,
+            prompt_len=prompt_len,
+            token_ids=token_ids,
+            params=params,
+            seed=request.seed,
+            stop_ids=(() if params.ignore_eos else self.built.spec.eos_token_ids) + params.stop_token_ids,
+            max_total=prompt_len + min(params.max_tokens or room, room),
+            lora=self._check_lora(request),
+            cache_salt=request.cache_salt,
+            proposer=proposer,
+            num_draft_tokens=drafts,
+        )
+        if added.num_tokens >= added.max_total:  # resumed at its very end
+            self._done.append(RequestOutput(request_id=request.request_id, finish_reason="length"))
+            return
+        self.scheduler.add(added)
+
+    def _resolve_params(self, params: SamplingParams) -> SamplingParams:
+        params.validate(self.built.spec.vocab_size)
+        method = self.config.speculation_method
+        if method == "auto" or params.speculation.method is not None:
+            return params
+        return replace(params, speculation=replace(params.speculation, method=method))
+
+    def _resolve_speculation(self, params: SamplingParams) -> tuple[str | None, int]:
+        asked = params.speculation
+        proposer = asked.proposer or self.built.default_proposer
+        drafts = self.built.default_drafts if asked.num_draft_tokens is None else asked.num_draft_tokens
+        if proposer is None:
+            if asked.num_draft_tokens:
+                raise InvalidRequestError(
+                    f"speculation.num_draft_tokens is {drafts}, but no proposer is set: name one of "
+                    f"{', '.join(self.built.proposers.names)} in speculation.proposer, or start with --draft-model.",
+                    param="speculation",
+                )
+            return None, 0
+        self.built.proposers.get(proposer)
+        return (proposer, drafts) if drafts else (None, 0)
+
+    def _check_tokens(self, prompt_ids: list[int], token_ids: list[int]) -> None:
+        if not prompt_ids:
+            raise InvalidRequestError("prompt must hold at least one token.", param="prompt")
+        if len(token_ids) >= self.built.max_model_len:
+            raise ContextLengthError(
+                f"The prompt has {len(token_ids)} tokens; the context of {self.built.max_model_len} must also hold the "
+                "answer. Shorten the prompt.",
+                param="prompt",
+            )
+        vocab = self.built.spec.vocab_size
+        if min(token_ids) < 0 or max(token_ids) >= vocab:
+            bad = next(token for token in token_ids if not 0 <= token < vocab)
+            raise InvalidRequestError(f"prompt holds token {bad}; the vocabulary has {vocab}.", param="prompt")
+
+    def _check_lora(self, request: AddRequest) -> tuple[LoraRef, ...]:
+        limit = self.config.max_adapters_per_request
+        if len(request.lora) > limit:
+            raise InvalidRequestError(f"lora names {len(request.lora)} adapters; at most {limit} may be summed.", param="lora")
+        for ref in request.lora:
+            if not -1e6 < ref.scale < 1e6:
+                raise InvalidRequestError(f"lora scale of {ref.name!r} must be a finite number.", param="lora")
+        return request.lora
+
+    def abort_requests(self, ids: list[str]) -> None:
+        """End requests now; their outputs stop. Unknown ids have just finished."""
+        for request_id in ids:
+            self.scheduler.abort(request_id)
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    def handle(self, call: AdapterCall) -> Reply | None:
+        """Answer an adapter call now, or later through poll_replies (None) when it must read from disk."""
+        try:
+            return self._handle(call)
+        except SpecserveError as error:
+            return Reply(call_id=call.call_id, error=error_info(error))
+
+    def _handle(self, call: AdapterCall) -> Reply | None:
+        if isinstance(call, LoadAdapter):
+            self._loads[call.call_id] = self.adapters.load(
+                call.name, call.path, draft_path=call.draft_path, pinned=call.pinned, replace=call.replace
+            )
+            return None
+        infos: list[AdapterInfo] = []
+        if isinstance(call, UnloadAdapter):
+            self.adapters.unload(call.name)
+        elif isinstance(call, PinAdapter):
+            self.adapters.pin(call.name, call.pinned)
+        else:
+            infos = self.adapters.list()
+        return Reply(call_id=call.call_id, adapters=infos)
+
+    def poll_replies(self) -> list[Reply]:
+        """Replies of loads that have finished since the last call."""
+        self.adapters.poll()
+        done = [call_id for call_id, ticket in self._loads.items() if ticket.done]
+        return [self._load_reply(call_id, self._loads.pop(call_id)) for call_id in done]
+
+    def _load_reply(self, call_id: int, ticket: LoadTicket) -> Reply:
+        if ticket.error is not None:
+            return Reply(call_id=call_id, error=error_info(ticket.error))
+        return Reply(call_id=call_id, adapters=[info for info in self.adapters.list() if info.name == ticket.name])
+
+    # --- the rest ---------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        counted = self.scheduler.stats
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=self.kv.pool.num_blocks - 1,
+            num_free_blocks=self.kv.pool.num_free,
+            prefix_queries=self.kv.stats.queries,
+            prefix_hits=self.kv.stats.hits,
+            preemptions=counted.preemptions,
+            steps=counted.steps,
+            prompt_tokens=counted.prompt_tokens,
+            generation_tokens=counted.generation_tokens,
+            num_drafts=counted.rounds,
+            num_draft_tokens=counted.drafted,
+            num_accepted_tokens=counted.accepted,
+            accepted_per_pos=list(counted.accepted_per_pos),
+            adapters=self.adapters.list(),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of scheduler, blocks and adapters; tests do so after every step."""
+        self.scheduler.check_integrity()
+        self.adapters.check_integrity()
+
+    def close(self) -> None:
+        """Stop the adapter reader; the engine must not be used after."""
+        self.adapters.close()
+
+
+def error_info(error: SpecserveError) -> ErrorInfo:
+    return ErrorInfo(error.code or "internal_error", error.message, error.param)
