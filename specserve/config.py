@@ -41,6 +41,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     check_integrity: bool = False  # after every step, in tests
 
 
+def resolve_demo(config: EngineConfig) -> EngineConfig:
+    """`model="demo"` means the bundled target; its draft and adapters come along unless others are named."""
+    if config.model != "demo":
+        return config
+    adapters = sorted(path for path in (DEMO_ROOT / "adapters").glob("*") if path.is_dir())
+    return msgspec.structs.replace(
+        config,
+        model=str(DEMO_ROOT / "target"),
+        draft_model=config.draft_model or str(DEMO_ROOT / "draft"),
+        loras=config.loras or tuple((path.name, str(path)) for path in adapters),
+    )
+
+
+def environment_api_key() -> str | None:
+    """The API key where no flag gives one: an argument would show in the list of processes."""
+    return os.environ.get("SPECSERVE_API_KEY") or None
+
+
 def environment_seed() -> int:
     """A 63-bit seed from the system's entropy, for requests that bring none."""
     return int.from_bytes(os.urandom(8), "little") >> 1

@@ -1,0 +1,71 @@
+"""What can be refused before anything is queued: ranges, vocabulary, the context's length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from specserve.core.errors import ContextLengthError, InvalidRequestError, NotFoundError
+from specserve.core.messages import LoraRef, Ready
+from specserve.core.sampling_params import SamplingParams
+
+
+def check_prompt(prompt_ids: Sequence[int], output_ids: Sequence[int], ready: Ready) -> None:
+    """The prompt holds tokens of the vocabulary, and so does what it is to be resumed from."""
+    if not prompt_ids:
+        raise InvalidRequestError("The prompt is empty: it must give at least one token.", param="prompt")
+    for field, ids in (("prompt", prompt_ids), ("output_ids", output_ids)):
+        for token in ids:
+            if not 0 <= token < ready.vocab_size:
+                raise InvalidRequestError(
+                    f"{field} holds token {token}; the vocabulary has {ready.vocab_size}.", param=field
+                )
+
+
+def resolve_params(params: SamplingParams, num_prompt: int, num_output: int, ready: Ready) -> SamplingParams:
+    """Validated parameters of one sequence: max_tokens set, n = 1. `max_tokens` counts the `num_output` tokens resumed.
+
+    Raises InvalidRequestError, or ContextLengthError when prompt and max_tokens do not fit the context.
+    """
+    params.validate(ready.vocab_size)
+    room = ready.max_model_len - num_prompt
+    wanted = num_output + 1 if params.max_tokens is None else params.max_tokens
+    if wanted > room:
+        asked = (
+            "no token can follow" if params.max_tokens is None else f"with {wanted} tokens asked for it does not fit"
+        )
+        raise ContextLengthError(
+            f"The context holds {ready.max_model_len} tokens and the prompt has {num_prompt}: {asked}.",
+            param="prompt" if room < 1 or params.max_tokens is None else "max_tokens",
+        )
+    proposer = params.speculation.proposer
+    if proposer is not None and proposer not in ready.proposers:
+        raise InvalidRequestError(
+            f"speculation.proposer {proposer!r} is unknown; this server has {', '.join(ready.proposers) or 'none'}.",
+            param="speculation",
+        )
+    return msgspec.structs.replace(
+        params,
+        n=1,
+        max_tokens=room if params.max_tokens is None else params.max_tokens,
+        # Off; and an integer of any size must not reach a 64-bit field.
+        top_k=0 if params.top_k >= ready.vocab_size else params.top_k,
+    )
+
+
+def check_lora(lora: Sequence[LoraRef], known: Iterable[str], max_adapters: int) -> None:
+    """Every adapter is registered, named once, and there are not too many."""
+    if len(lora) > max_adapters:
+        raise InvalidRequestError(
+            f"lora names {len(lora)} adapters; at most {max_adapters} may be summed.", param="lora"
+        )
+    names = [ref.name for ref in lora]
+    for ref in lora:
+        if ref.name not in known:
+            raise NotFoundError(f"The adapter {ref.name!r} does not exist; load it first.", param="lora")
+        if not math.isfinite(ref.scale):
+            raise InvalidRequestError(f"The scale of adapter {ref.name!r} must be finite.", param="lora")
+        if names.count(ref.name) > 1:
+            raise InvalidRequestError(f"lora names the adapter {ref.name!r} more than once.", param="lora")
