@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from specserve_kernels.attention import AttentionMetadata
 from torch import Tensor
+
+from specserve_kernels.attention import AttentionMetadata
 
 
 class LoraApplier(Protocol):

@@ -1,0 +1,29 @@
+"""Rotary position embedding (Su et al. 2021), half-split as in Llama: dimension i turns with dimension i + d/2.
+
+    (y[i], y[i + d/2]) = (x[i] cos a - x[i + d/2] sin a, x[i + d/2] cos a + x[i] sin a)
+
+With cos = (cos a, cos a) and the signed sin = (-sin a, sin a), both [tokens, 1, head_dim] and made once a step, this is
+x * cos + swap_halves(x) * sin for all heads of queries and keys at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.dispatch import backend
+
+
+def rotary_ref(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+    return torch.addcmul(heads * cos, swapped, sin)
+
+
+_IMPLEMENTATIONS = {"torch": rotary_ref}
+
+
+def rotary(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads [tokens, heads, head_dim] (queries and keys side by side) by cos and signed sin
+    [tokens, 1, head_dim], all of one dtype; a new contiguous tensor."""
+    assert cos.shape == sin.shape == (heads.shape[0], 1, heads.shape[2]), (heads.shape, cos.shape)
+    return _IMPLEMENTATIONS[backend(heads, _IMPLEMENTATIONS)](heads, cos, sin)

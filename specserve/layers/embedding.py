@@ -1,0 +1,28 @@
+"""Token embeddings and the output head: one matrix [vocab, hidden] each, or one for both when they are tied."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specserve.layers.storage import Parameter, whole
+
+
+class VocabMatrix:
+    """[vocab, hidden], read by row (embedding) or multiplied (logits). Adapters do not touch it."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+        self._transposed = self._weight.t()
+
+    def parameters(self) -> dict[str, Parameter]:
+        return {"weight": whole(self._weight)}
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[T] int64 → [T, hidden]."""
+        return F.embedding(ids, self._weight)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] → [N, vocab], in the model's dtype."""
+        return torch.mm(hidden, self._transposed)

@@ -1,0 +1,21 @@
+"""The gated MLP of Llama-like blocks: down(silu(gate(x)) * up(x))."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from specserve.layers.context import ForwardContext
+from specserve.layers.linear import Linear
+from specserve_kernels.activation import silu_mul
+
+
+class GatedMLP:
+    """`gate_up` gives [T, 2 * intermediate], gates first; `down` takes [T, intermediate]."""
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        self._gate_up = gate_up
+        self._down = down
+
+    def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """residual [T, hidden] + mlp(x [T, hidden])."""
+        return self._down.add_to(residual, silu_mul(self._gate_up.forward(x, ctx)), ctx)

@@ -1,0 +1,44 @@
+"""RMSNorm layers: over the hidden size, and per head over queries and keys side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specserve.layers.storage import Parameter, whole
+from specserve_kernels.norm import rms_norm
+
+
+class RMSNorm:
+    """y = x / rms(x) * weight over the last dimension, [T, size]."""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._weight = torch.empty(size, dtype=dtype, device=device)
+        self._eps = eps
+
+    def parameters(self) -> dict[str, Parameter]:
+        return {"weight": whole(self._weight)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self._weight, self._eps)
+
+
+class HeadNorm:
+    """Norms each query head by one weight and each key head by another, in one pass over both (Qwen3)."""
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._weight = torch.empty(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device)
+        self._num_heads = num_heads
+        self._eps = eps
+
+    def parameters(self) -> dict[str, Parameter]:
+        """One checkpoint vector [head_dim] fills the rows of all query heads, one those of all key heads."""
+        queries, keys = self._weight[: self._num_heads], self._weight[self._num_heads :]
+        shape = (self._weight.shape[1],)
+        return {"q_norm.weight": Parameter(queries, shape), "k_norm.weight": Parameter(keys, shape)}
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """[T, num_heads + num_kv_heads, head_dim] → the same, normed."""
+        return rms_norm(heads, self._weight, self._eps)

@@ -1,0 +1,66 @@
+"""How a linear's weights are kept: allocated once, filled part by part from a checkpoint, multiplied.
+
+A storage of another kind (quantised, sharded) is another class with the same three methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """Where one checkpoint tensor goes: `shape` as the checkpoint has it, `destination` broadcastable from it."""
+
+    destination: Tensor
+    shape: tuple[int, ...]
+
+    def load(self, tensor: Tensor) -> None:
+        """Copy, converting device and dtype."""
+        self.destination.copy_(tensor)
+
+
+def whole(tensor: Tensor) -> Parameter:
+    """The parameter that is a checkpoint tensor as it stands."""
+    return Parameter(tensor, tuple(tensor.shape))
+
+
+class Storage(Protocol):
+    """Weights of one (merged) linear."""
+
+    def parameters(self) -> Sequence[dict[str, Parameter]]:
+        """For each part in merged order, its checkpoint tensors by suffix ("weight", "bias", …)."""
+
+    def matmul(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """x [T, in] → a new [T, out] tensor: x Wᵀ + bias, + addend [T, out] where there is one."""
+
+
+class DenseStorage:
+    """A plain matrix [out, in] and an optional bias [out] in the model's dtype."""
+
+    def __init__(
+        self, in_features: int, widths: Sequence[int], *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._widths = tuple(widths)
+        self._weight = torch.empty(sum(widths), in_features, dtype=dtype, device=device)
+        self._transposed = self._weight.t()
+        self._bias = torch.empty(sum(widths), dtype=dtype, device=device) if bias else None
+
+    def parameters(self) -> list[dict[str, Parameter]]:
+        parts = [{"weight": whole(rows)} for rows in self._weight.split_with_sizes(self._widths)]
+        if self._bias is not None:
+            for part, values in zip(parts, self._bias.split_with_sizes(self._widths), strict=True):
+                part["bias"] = whole(values)
+        return parts
+
+    def matmul(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        if self._bias is not None:
+            addend = self._bias if addend is None else addend + self._bias
+        if addend is None:
+            return torch.mm(x, self._transposed)
+        return torch.addmm(addend, x, self._transposed)

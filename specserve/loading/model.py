@@ -1,0 +1,79 @@
+"""From a name or folder to a model that can run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from specserve.config import Dtype
+from specserve.core.errors import ModelLoadError
+from specserve.loading.checkpoint import fill
+from specserve.loading.source import resolve_folder
+from specserve.models.decoder import Decoder
+from specserve.models.registry import build_model
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def load_model(name_or_path: str, *, dtype: Dtype = "auto", device: torch.device | str = "cpu") -> Decoder:
+    """Load a model from a local folder or a hub id onto `device`.
+
+    `dtype` "auto": the config's on an accelerator, float32 on a CPU. Raises ModelLoadError, in one sentence that names
+    the file, tensor or setting, when the model cannot be read or is not supported.
+    """
+    place = torch.device(device)
+    folder = resolve_folder(name_or_path)
+    config = read_config(folder)
+    model = build_model(
+        config, dtype=resolve_dtype(dtype, config, place), device=place, eos_token_ids=read_eos(folder, config)
+    )
+    fill(model.parameters, folder, ignored=model.ignored)
+    return model
+
+
+def read_config(folder: Path) -> Any:
+    """The folder's transformers config; code in the folder is never run."""
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"{folder} has no config.json.")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its validators raise types of their own; a config of whatever fault is the user's
+        reason = " ".join(str(error).split())[:300]
+        raise ModelLoadError(f"{folder / 'config.json'} cannot be read: {reason}") from error
+
+
+def resolve_dtype(dtype: Dtype, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype to compute in."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    declared = getattr(config, "dtype", None)
+    if device.type == "cpu" or declared is None:
+        return torch.float32
+    chosen = DTYPES.get(str(declared).removeprefix("torch."))
+    if chosen is None:
+        raise ModelLoadError(f"The config's dtype {declared} is not supported; choose one with --dtype.")
+    return chosen
+
+
+def read_eos(folder: Path, config: Any) -> tuple[int, ...]:
+    """Token ids that end a text: generation_config.json's, else the config's; may be empty."""
+    declared = getattr(config, "eos_token_id", None)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            generation = json.loads(path.read_text(encoding="utf-8"))
+            declared = generation.get("eos_token_id", declared)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelLoadError(f"{path} is not a JSON object.") from error
+    if declared is None:
+        return ()
+    return tuple(declared) if isinstance(declared, list | tuple) else (declared,)

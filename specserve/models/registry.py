@@ -1,0 +1,44 @@
+"""Which file serves which architecture. A new family is its file and its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from specserve.core.errors import ModelLoadError
+from specserve.models import llama, qwen3
+from specserve.models.builder import DecoderShape, build
+from specserve.models.decoder import Decoder
+from specserve.models.hf_config import model_spec
+
+FAMILIES: Mapping[str, Callable[[Any], DecoderShape]] = MappingProxyType(
+    {
+        "LlamaForCausalLM": llama.shape,
+        "Qwen3ForCausalLM": qwen3.shape,
+    }
+)
+
+
+def build_model(
+    config: Any, *, dtype: torch.dtype, device: torch.device, eos_token_ids: tuple[int, ...] = ()
+) -> Decoder:
+    """Allocate the model that a transformers config describes.
+
+    Raises ModelLoadError naming the architecture, quantisation or setting that is not supported.
+    """
+    architecture = next(iter(getattr(config, "architectures", None) or ()), None)
+    family = FAMILIES.get(architecture or "")
+    if family is None:
+        raise ModelLoadError(
+            f"Architecture {architecture or '(none named in config.json)'} is not supported; "
+            f"supported are {', '.join(sorted(FAMILIES))}."
+        )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise ModelLoadError(f"Quantised weights ({method or 'quantization_config'}) are not supported.")
+    spec = model_spec(config, dtype=dtype, eos_token_ids=eos_token_ids)
+    return build(spec, family(config), device)
