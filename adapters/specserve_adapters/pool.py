@@ -1,0 +1,142 @@
+"""The device tier: adapter slots as tensors, one pair per linear, and the batches that address them.
+
+Linear i has P parts (modules merged into it). Part p of slot s owns rank rows (s * P + p) * R … + R of
+a [S * P * R, in_features] and b [S * P * R, out_features], where S is the number of slots and R the largest rank;
+rows of b are zero outside their part's columns, rows beyond an adapter's rank are zero in both. So the adapter's
+product over a merged linear is one pair of matrix products over the rows in use, of their real ranks only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specserve_adapters.host_adapter import HostAdapter
+from specserve_adapters.spec import LinearSpec
+from specserve_kernels.lora import Factors, LoraBatch
+
+RowAdapters = Sequence[tuple[tuple[int, float], ...]]
+_MAX_BATCHES = 8  # a step of speculation repeats a few shapes: the target's, the first draft pass's, the others'
+
+
+class AdapterPool:
+    """S slots of one model's adapters. Single-threaded; copies go to the current stream.
+
+    `specs` in the order of `model.linears`; `dtype` is the model's.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[LinearSpec],
+        num_slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.specs = tuple(specs)
+        self.num_slots = num_slots
+        self.max_rank = max_rank
+        self.linears: list[tuple[Tensor, Tensor]] = []
+        for spec in self.specs:
+            rows = num_slots * len(spec.parts) * max_rank
+            self.linears.append(
+                (
+                    torch.zeros(rows, spec.in_features, dtype=dtype, device=device),
+                    torch.zeros(rows, spec.out_features, dtype=dtype, device=device),
+                )
+            )
+        self._parts = tuple(len(spec.parts) for spec in self.specs)
+        self._ranks = [0] * num_slots
+        self._device = torch.device(device)
+        self._weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._active: tuple[int, ...] = ()  # the slots of everything that is cached below
+        self._rows: dict[int, Tensor] = {}
+        self._factors: list[Factors | None] = []
+        self._batches: dict[tuple[object, object], LoraBatch] = {}
+
+    @torch.inference_mode()
+    def load_slot(self, slot: int, adapter: HostAdapter | None) -> None:
+        """Overwrite the whole of `slot` with `adapter`; None empties it."""
+        assert 0 <= slot < self.num_slots
+        assert adapter is None or adapter.rank <= self.max_rank
+        self._forget_batches()
+        self._ranks[slot] = adapter.rank if adapter is not None else 0
+        for spec, (a, b) in zip(self.specs, self.linears, strict=True):
+            first = slot * len(spec.parts) * self.max_rank
+            for tensor in (a, b):
+                tensor[first : first + len(spec.parts) * self.max_rank].zero_()
+            if adapter is not None:
+                self._load_linear(spec, a, b, first, adapter)
+
+    def clear_slot(self, slot: int) -> None:
+        """Empty `slot`: rows that use it get nothing from it."""
+        self.load_slot(slot, None)
+
+    def _load_linear(self, spec: LinearSpec, a: Tensor, b: Tensor, row: int, adapter: HostAdapter) -> None:
+        column = 0
+        for key, (_, width) in zip(spec.keys, spec.parts, strict=True):
+            if key in adapter.factors:
+                a_part, b_part = adapter.factors[key]
+                rank = a_part.shape[0]
+                a[row : row + rank].copy_(a_part, non_blocking=True)
+                # B travels as it lies in the blob and is transposed on the device.
+                b[row : row + rank, column : column + width].copy_(b_part.to(b.device, non_blocking=True).t())
+            row += self.max_rank
+            column += width
+
+    def make_batch(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> LoraBatch | None:
+        """What the linears need to apply adapters to T = sum(query_lens) tokens, or None if no row has any.
+
+        `row_adapters[i]` are the (slot, weight) pairs of row i, whose `query_lens[i]` tokens lie together; a slot named
+        twice in a row counts with the sum. Decode steps repeat, so the last few batches are kept until a slot changes.
+        """
+        assert len(row_adapters) == len(query_lens)
+        slots = {slot for row in row_adapters for slot, _ in row}
+        active = tuple(sorted(slot for slot in slots if self._ranks[slot]))
+        if not active:
+            return None
+        if active != self._active:
+            self._activate(active)
+        key = (tuple(row_adapters), tuple(query_lens))
+        batch = self._batches.get(key)
+        if batch is None:
+            if len(self._batches) == _MAX_BATCHES:
+                del self._batches[next(iter(self._batches))]
+            batch = self._batches[key] = self._make_batch(row_adapters, query_lens)
+        return batch
+
+    def _activate(self, active: tuple[int, ...]) -> None:
+        """Rank rows of the active slots, one index tensor for each number of parts."""
+        self._forget_batches()
+        self._active = active
+        self._factors = [None] * len(self.specs)
+        for parts in sorted(set(self._parts)):
+            rows = [
+                (slot * parts + part) * self.max_rank + row
+                for slot in active
+                for part in range(parts)
+                for row in range(self._ranks[slot])
+            ]
+            self._rows[parts] = torch.tensor(rows, dtype=torch.int64, device=self._device)
+
+    def _make_batch(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> LoraBatch:
+        column = {slot: index for index, slot in enumerate(self._active)}
+        table = [[0.0] * len(column) for _ in row_adapters]
+        for row, adapters in zip(table, row_adapters, strict=True):
+            for slot, weight in adapters:
+                if slot in column:
+                    row[column[slot]] += weight
+        by_row = torch.tensor(table, dtype=self._weight_dtype)  # [rows, active slots]
+        by_token = by_row.repeat_interleave(torch.tensor(query_lens), dim=0)  # [T, active slots]
+        ranks = torch.tensor([self._ranks[slot] for slot in self._active])
+        weights = {
+            parts: by_token.repeat_interleave(ranks * parts, dim=1).to(self._device)  # [T, active rank rows]
+            for parts in self._rows
+        }
+        return LoraBatch(self.linears, self._parts, self._rows, weights, self._factors)
+
+    def _forget_batches(self) -> None:
+        """Batches already handed out keep what they were made of: fresh containers, not cleared ones."""
+        self._active, self._rows, self._factors, self._batches = (), {}, [], {}
