@@ -1,0 +1,52 @@
+"""Law: speculation changes no token, whoever drafts and however it is verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from msgspec.structs import replace as with_fields
+
+from lawbook.cases import Case, law_cases
+from lawbook.engines import Plain, run, script_of, tokens
+from lawbook.mixes import asks, speculating
+from specserve.llm import LLM, Output
+
+
+def check_drafting(case: Case, outputs: list[Output]) -> None:
+    """That the law was not held by drafting nothing."""
+    drafted = sum(output.speculation.drafted for output in outputs)
+    accepted = sum(output.speculation.accepted for output in outputs)
+    assert drafted > 0
+    if case.proposer == "oracle":
+        assert accepted == drafted
+    if case.proposer == "wrong":
+        assert accepted == 0
+
+
+@law_cases()
+def test_same_tokens_with_and_without(case: Case, plain: Plain, open_case: Callable[..., LLM]) -> None:
+    batch = asks(case.mix, sampled=case.sampled)
+    truth = plain.answers(case.family, batch)
+    outputs = run(open_case(case, script_of(batch, truth)), speculating(batch, case))
+    assert tokens(outputs) == truth
+    check_drafting(case, outputs)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("proposer", ["near_draft", "ngram", "random"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_same_logprobs_with_and_without(family: str, proposer: str, depth: int, open_case: Callable[..., LLM]) -> None:
+    case = Case(family, proposer, "sampled-coupled", depth, "distinct")
+    batch = [replace(ask, params=with_fields(ask.params, logprobs=3)) for ask in asks(case.mix, sampled=True)]
+    llm = open_case(case)
+    without, drafted = run(llm, batch), run(llm, speculating(batch, case))
+    check_drafting(case, drafted)
+    for ours, expected in zip(drafted, without, strict=True):
+        assert ours.logprobs is not None and expected.logprobs is not None
+        assert [entry.token_id for entry in ours.logprobs] == ours.token_ids
+        for entry, other in zip(ours.logprobs, expected.logprobs, strict=True):
+            assert entry.logprob == pytest.approx(other.logprob, abs=1e-9)
+            assert [token for token, _ in entry.top] == [token for token, _ in other.top]
+            assert [value for _, value in entry.top] == pytest.approx([value for _, value in other.top], abs=1e-9)
