@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from specserve.core.messages import LoraRef, SpeculationStats
 from specserve.core.sampling_params import SamplingParams
-from specserve_adapters.manager import AdapterUse
+
+if TYPE_CHECKING:  # the scheduler passes these on and never looks inside
+    from specserve_adapters.manager import AdapterUse
 
 
 class Status(Enum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from specserve.core.errors import AdapterError
 from specserve.core.messages import ErrorInfo, LoraRef, RequestOutput
@@ -19,7 +19,9 @@ from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.outputs import accept_tokens, record_speculation
 from specserve.scheduling.prefix_cache import root_hash
 from specserve.scheduling.request import Request, Status
-from specserve_adapters.manager import AdapterUse
+
+if TYPE_CHECKING:  # the scheduler passes these on and never looks inside
+    from specserve_adapters.manager import AdapterUse
 
 
 class AdapterSlots(Protocol):
