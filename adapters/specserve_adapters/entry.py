@@ -1,4 +1,4 @@
-"""Plain records of the adapter manager: names, versions of names, uses of versions."""
+"""Plain records of the adapter manager: sources, names, versions of names, uses of versions. No tensors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,27 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from specserve.core.errors import InvalidRequestError, SpecserveError
-from specserve_adapters.reading import AdapterSource
+
+DRAFT_FOLDER = "draft"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """Where an adapter comes from. Without `draft_path`, its companion is the subfolder draft/, if there is one."""
+
+    name: str
+    path: Path
+    draft_path: Path | None = None
+
+    def companion(self) -> Path | None:
+        """The draft companion's folder as of now."""
+        if self.draft_path is not None:
+            return self.draft_path
+        default = self.path / DRAFT_FOLDER
+        return default if default.is_dir() else None
 
 
 @dataclass(slots=True, eq=False)

@@ -2,7 +2,6 @@
 
 One owner thread calls everything; only folders are read elsewhere (ReadQueue), and `poll()` brings the results in.
 
-Tiers: every version in a device slot is in the host tier too, so that a request that began on it can always come back.
 Versions: a name has a current entry. A request gets the entry that is current when it is acquired and keeps it. If
 that entry is not in host memory, its version is decided by the read that the request waits for: it gets what the
 folder holds at that moment, whatever was read from it before. An entry evicted from the host tier (no request has it
@@ -18,17 +17,29 @@ from pathlib import Path
 
 import torch
 
-from specserve.core.errors import AdapterBusyError, AdapterError, InvalidRequestError, NotFoundError, SpecserveError
+from specserve.core.errors import AdapterBusyError, AdapterError, InvalidRequestError, SpecserveError
 from specserve.core.messages import AdapterInfo, LoraRef
 from specserve.core.plan import AdapterLoad
-from specserve_adapters.entry import AdapterUse, Entry, LoadTicket, NameRecord, Read, merge_uses, to_float32
+from specserve_adapters.catalogue import Catalogue, adapter_info
+from specserve_adapters.entry import (
+    AdapterSource,
+    AdapterUse,
+    Entry,
+    LoadTicket,
+    NameRecord,
+    Read,
+    merge_uses,
+    to_float32,
+)
 from specserve_adapters.host_adapter import HostAdapter
-from specserve_adapters.reading import AdapterSource, ReadQueue, ReadSettings, check_source, read_source
-from specserve_adapters.slots import SlotTable
+from specserve_adapters.live import LiveUses, Uses
+from specserve_adapters.reading import ReadQueue, ReadSettings, check_source, read_source
 from specserve_adapters.spec import LinearSpec
-from specserve_adapters.store import HostStore, StoredAdapter
+from specserve_adapters.store import StoredAdapter
+from specserve_adapters.tiers import Tiers
 
-Uses = tuple[AdapterUse, ...]
+__all__ = ["AdapterManager", "AdapterUse", "LoadTicket"]
+
 # `list` is a method of the class, so its signatures cannot name the type.
 Placement = tuple[tuple[tuple[int, float], ...], list[AdapterLoad]]
 AdapterInfos = list[AdapterInfo]
@@ -59,11 +70,9 @@ class AdapterManager:
         self._settings = ReadSettings(
             target_specs, draft_specs, max_rank, max_host_bytes, dtype, draft_dtype, pin_memory
         )
-        self._slots = SlotTable(num_slots)
-        self._store = HostStore(max_host_bytes)
-        self._names: dict[str, NameRecord] = {}
-        self._live: Counter[Uses] = Counter()  # of requests, waiting and running
-        self._placed: Counter[Uses] = Counter()  # of requests on a device row
+        self._tiers = Tiers(num_slots, max_host_bytes)
+        self._names = Catalogue()
+        self._live = LiveUses()
         self._reads: ReadQueue[Read] = ReadQueue(lambda read: read_source(read.source, self._settings))
         self._loading: list[LoadTicket] = []
         self._finished: list[LoadTicket] = []
@@ -78,8 +87,8 @@ class AdapterManager:
         """
         source = _source(name, path, draft_path)
         check_source(source, self._settings)
-        self._check_name(source, replace=False)
-        self._names.setdefault(name, NameRecord(name, source))
+        self._names.check(source, replace=False)
+        self._names.add(source)
 
     def load(
         self,
@@ -97,9 +106,9 @@ class AdapterManager:
         no slot can be pinned; the same may come as the ticket's error if it became true meanwhile.
         """
         ticket = LoadTicket(name, _source(name, path, draft_path), pinned, replace)
-        self._check_name(ticket.source, replace)
+        self._names.check(ticket.source, replace)
         if pinned:
-            self._check_pin(self._names.get(name), ticket)
+            self._check_pin(self._names.find(name), ticket)
         self._loading.append(ticket)
         self._reads.submit(Read(ticket.source, ticket))
         return ticket
@@ -109,22 +118,22 @@ class AdapterManager:
 
         Raises NotFoundError, and AdapterBusyError while it is pinned.
         """
-        record = self._record(name)
+        record = self._names.get(name)
         if record.pinned:
             raise AdapterBusyError(f"Adapter {name!r} is pinned; unpin it before unloading it.", param="name")
-        del self._names[name]
+        self._names.remove(record)
         for ticket in [ticket for ticket in self._loading if ticket.name == name]:
             self._finish(ticket, AdapterBusyError(f"Adapter {name!r} was unloaded while it was loading.", param="name"))
-        self._free_unreachable()
+        self._tiers.keep_only(self._names.versions())
 
     def pin(self, name: str, pinned: bool) -> None:
         """Pin: it is read if need be, stays in host memory, and keeps its device slot from its first use on.
 
         Raises NotFoundError, and AdapterBusyError when requests would have too few slots left.
         """
-        record = self._record(name)
+        record = self._names.get(name)
         if pinned and not record.pinned:
-            entry = self._current(record)
+            entry = self._names.current(record)
             self._check_pin(record, entry)
             self._start_read(entry)
         record.pinned = pinned
@@ -132,30 +141,11 @@ class AdapterManager:
 
     def info(self, name: str) -> AdapterInfo:
         """One adapter's state. Raises NotFoundError."""
-        record = self._record(name)
-        entry = record.current
-        slot = self._slots.slot_of(entry.version) if entry is not None else None
-        return AdapterInfo(
-            name=name,
-            path=str(record.source.path),
-            version=record.version,
-            tier="device" if slot is not None else "host" if entry is not None and entry.loaded else "disk",
-            slot=slot,
-            rank=record.rank,
-            num_bytes=record.num_bytes,
-            pinned=record.pinned,
-            has_draft=record.has_draft,
-            running=record.running,
-            requests=record.requests,
-            tokens=record.tokens,
-            drafted=record.drafted,
-            accepted=record.accepted,
-            last_used=record.last_used,
-        )
+        return self._info(self._names.get(name))
 
     def list(self) -> AdapterInfos:
         """All registered adapters, in the order of their registration."""
-        return [self.info(name) for name in self._names]
+        return [self._info(record) for record in self._names]
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -165,20 +155,20 @@ class AdapterManager:
         Raises NotFoundError, InvalidRequestError (scale out of float32's range, more adapters than slots),
         AdapterBusyError (pinned adapters leave too few slots for it).
         """
-        records = [self._record(ref.name, param="lora") for ref in refs]
+        records = [self._names.get(ref.name, param="lora") for ref in refs]
         scales = [to_float32(ref.scale) for ref in refs]
         to_float32(sum(abs(scale) for scale in scales))  # whatever is summed later stays in range
-        uses = tuple(AdapterUse(self._current(record), scale) for record, scale in zip(records, scales, strict=True))
+        uses = tuple(
+            AdapterUse(self._names.current(record), scale) for record, scale in zip(records, scales, strict=True)
+        )
         self._check_slots(uses)
+        self._live.acquire(uses)
         for use in uses:
-            use.entry.refs += 1
             if use.entry.loaded:
-                self._store.acquire(use.entry.version)
+                self._tiers.store.acquire(use.entry.version)
         for record in set(records):
             record.requests += 1
             record.last_used = self._clock()
-        if uses:
-            self._live[uses] += 1
         return uses
 
     def prepare(self, uses: Uses) -> bool:
@@ -199,47 +189,36 @@ class AdapterManager:
         None: no slot can be freed now; nothing was taken.
         """
         merged = merge_uses(uses)
-        if not self._slots.can_take([version for version, _ in merged]):
+        if not self._tiers.slots.can_take([version for version, _ in merged]):
             return None
         pairs: list[tuple[int, float]] = []
         loads: list[AdapterLoad] = []
         for version, scale in merged:
-            taken = self._slots.take(version)
+            taken = self._tiers.slots.take(version)
             assert taken is not None
             slot, needs_load = taken
             pairs.append((slot, scale))
             if needs_load:
                 loads.append(AdapterLoad(slot, version))
-        if uses:
-            self._placed[uses] += 1
-            for record in {use.entry.record for use in uses}:
-                record.running += 1
+        self._live.place(uses)
         return tuple(pairs), loads
 
     def release_slots(self, uses: Uses) -> None:
         """The request left its device row (finished, aborted, preempted); the slots stay warm."""
-        if not uses:
-            return
-        _decrement(self._placed, uses)
+        self._live.unplace(uses)
         for version, _ in merge_uses(uses):
-            self._slots.release(version)
-        for record in {use.entry.record for use in uses}:
-            record.running -= 1
+            self._tiers.slots.release(version)
 
     def release(self, uses: Uses) -> None:
         """The request is gone, after `release_slots` if it had slots."""
-        if not uses:
-            return
-        _decrement(self._live, uses)
-        assert self._placed[uses] <= self._live[uses], "release_slots() comes before release()"
+        self._live.release(uses)
         for use in uses:
-            use.entry.refs -= 1
             use.entry.record.last_used = self._clock()
             if use.entry.loaded:
-                self._store.release(use.entry.version)
-        if not all(self._is_current(use.entry) for use in uses):
-            self._free_unreachable()
-        self._trim()
+                self._tiers.store.release(use.entry.version)
+        if not all(self._names.is_current(use.entry) for use in uses):
+            self._tiers.keep_only(self._names.versions())
+        self._names.forget(self._tiers.trim())
 
     def cache_key(self, uses: Uses) -> AdapterKey:
         """What the adapters add to the identity of cached KV: sorted (version, float32 scale); [] for the base model.
@@ -250,7 +229,7 @@ class AdapterManager:
 
     def host(self, version: str) -> tuple[HostAdapter, HostAdapter | None]:
         """Target LoRA and companion of a version that an AdapterLoad names."""
-        stored = self._store.get(version)
+        stored = self._tiers.store.get(version)
         assert stored is not None
         return stored.target, stored.draft
 
@@ -291,7 +270,7 @@ class AdapterManager:
         if isinstance(purpose, LoadTicket):
             if purpose.done:  # its name was unloaded meanwhile
                 return True
-        elif not purpose.refs and not self._is_current(purpose):
+        elif not purpose.refs and not self._names.is_current(purpose):
             return True
         try:
             if isinstance(result, AdapterError):
@@ -300,10 +279,10 @@ class AdapterManager:
         except SpecserveError as error:
             self._fail(purpose, error)
             return True
-        evicted = self._store.put(result, force=self._stuck())
+        evicted = self._tiers.put(result, force=self._live.stuck())
         if evicted is None:
             return False
-        self._forget(evicted)
+        self._names.forget(evicted)
         if isinstance(purpose, LoadTicket):
             self._install(purpose, result)
         else:
@@ -313,33 +292,33 @@ class AdapterManager:
 
     def _check_admission(self, purpose: Entry | LoadTicket, stored: StoredAdapter) -> None:
         source = purpose.source
-        if stored.version not in self._store and not self._store.can_ever_fit(stored):
+        if stored.version not in self._tiers.store and not self._tiers.store.can_ever_fit(stored):
             raise AdapterError(
                 f"Adapter {source.name!r} needs {stored.num_bytes} bytes of host memory; adapters may take "
-                f"{self._store.max_bytes}, pinned ones included. Unpin adapters or allow more.",
+                f"{self._tiers.store.max_bytes}, pinned ones included. Unpin adapters or allow more.",
                 param="path",
             )
         if isinstance(purpose, LoadTicket):
-            self._check_name(source, purpose.replace, stored.version)
-            record = self._names.get(source.name)
+            self._names.check(source, purpose.replace, stored.version)
+            record = self._names.find(source.name)
             if purpose.pinned or (record is not None and record.pinned):
                 self._check_pin(record, purpose)
 
     def _install(self, ticket: LoadTicket, stored: StoredAdapter) -> None:
-        record = self._names.setdefault(ticket.name, NameRecord(ticket.name, ticket.source))
+        record = self._names.add(ticket.source)
         if record.current is None or record.current.version != stored.version:
             record.current = Entry(record, ticket.source, stored.version)
         record.source = ticket.source
         record.pinned = record.pinned or ticket.pinned
         _describe(record, stored)
         self._finish(ticket, None)
-        self._free_unreachable()
+        self._tiers.keep_only(self._names.versions())
 
     def _fill(self, entry: Entry, stored: StoredAdapter) -> None:
         entry.version, entry.reading = stored.version, False
         for _ in range(entry.refs):
-            self._store.acquire(stored.version)
-        if self._is_current(entry):
+            self._tiers.store.acquire(stored.version)
+        if self._names.is_current(entry):
             _describe(entry.record, stored)
 
     def _fail(self, purpose: Entry | LoadTicket, error: SpecserveError) -> None:
@@ -355,128 +334,59 @@ class AdapterManager:
         self._loading.remove(ticket)
         self._finished.append(ticket)
 
-    def _stuck(self) -> bool:
-        """Whether requests hold host memory and none can go on: each waits for an adapter that is not read yet.
-
-        Then nothing would ever be freed, and the next adapter is taken in beyond the budget.
-        """
-        return bool(self._live) and not any(
-            all(use.entry.loaded or use.entry.error is not None for use in uses) for uses in self._live
-        )
-
     # --- helpers -------------------------------------------------------------------------------------------------
 
-    def _record(self, name: str, param: str = "name") -> NameRecord:
-        record = self._names.get(name)
-        if record is None:
-            raise NotFoundError(f"The adapter {name!r} does not exist.", param=param)
-        return record
-
-    def _current(self, record: NameRecord) -> Entry:
-        if record.current is None:
-            record.current = Entry(record, record.source)
-        return record.current
-
-    def _is_current(self, entry: Entry) -> bool:
-        return entry.record.current is entry and self._names.get(entry.record.name) is entry.record
+    def _info(self, record: NameRecord) -> AdapterInfo:
+        slot = self._tiers.slots.slot_of(record.current.version) if record.current is not None else None
+        return adapter_info(record, slot)
 
     def _start_read(self, entry: Entry) -> None:
         if not (entry.loaded or entry.reading or entry.error):
             entry.reading = True
             self._reads.submit(Read(entry.source, entry))
 
-    def _check_name(self, source: AdapterSource, replace: bool, version: str = "") -> None:
-        record = self._names.get(source.name)
-        if record is None or replace:
-            return
-        if record.source != source:
-            raise AdapterError(
-                f"The adapter {source.name!r} exists already, from {record.source.path}; unload or replace it.",
-                param="name",
-            )
-        if version and record.current is not None and record.current.version not in ("", version):
-            raise AdapterError(
-                f"The folder of adapter {source.name!r} has changed since it was loaded; ask to replace it.",
-                param="name",
-            )
-
     def _check_slots(self, uses: Uses) -> None:
         """Raise unless the adapters of one request fit the slots beside the pinned ones."""
+        num_slots = self._tiers.slots.num_slots
         entries = {use.entry for use in uses}
-        if len(entries) > self._slots.num_slots:
+        if len(entries) > num_slots:
             raise InvalidRequestError(
-                f"lora: {len(entries)} adapters in one request; the device has {self._slots.num_slots} slots.",
-                param="lora",
+                f"lora: {len(entries)} adapters in one request; the device has {num_slots} slots.", param="lora"
             )
-        if len(entries | self._pins(None)) > self._slots.num_slots:
+        if entries and len(self._names.pins() | entries) > num_slots:
             raise AdapterBusyError(
-                f"lora: pinned adapters leave too few of the {self._slots.num_slots} device slots; unpin some.",
-                param="lora",
+                f"lora: pinned adapters leave too few of the {num_slots} device slots; unpin some.", param="lora"
             )
 
     def _check_pin(self, record: NameRecord | None, pin: Entry | LoadTicket) -> None:
         """Raise unless every live request could still get its slots if `pin` became the pinned version of `record`."""
-        pins = {*self._pins(record), pin}
-        if any(len({*pins, *(use.entry for use in uses)}) > self._slots.num_slots for uses in (*self._live, ())):
+        num_slots = self._tiers.slots.num_slots
+        if not self._live.fit(num_slots, self._names.pins(without=record) | {pin}):
             raise AdapterBusyError(
-                f"Too few of the {self._slots.num_slots} device slots would be left for others; unpin another adapter.",
+                f"Too few of the {num_slots} device slots would be left for others; unpin another adapter.",
                 param="pinned",
             )
 
-    def _pins(self, without: NameRecord | None) -> set[object]:
-        """What holds or will hold a slot by being pinned: the current entries, or names that have none."""
-        return {rec.current or rec for rec in self._names.values() if rec.pinned and rec is not without}
-
     def _sync_pins(self) -> None:
-        pinned = (record.current for record in self._names.values() if record.pinned)
-        versions = frozenset(entry.version for entry in pinned if entry is not None and entry.loaded)
-        self._store.pinned = self._slots.pinned = versions
-        self._trim()
-
-    def _trim(self) -> None:
-        self._forget(self._store.trim())
-
-    def _forget(self, evicted: Sequence[str]) -> None:
-        """These versions left the host tier: free their warm slots; who needs them next reads them anew."""
-        if not evicted:
-            return
-        for version in evicted:
-            self._slots.forget(version)
-        for record in self._names.values():
-            if record.current is not None and record.current.version in evicted:
-                record.current = None
-
-    def _free_unreachable(self) -> None:
-        """Free versions that no name means and no request has."""
-        current = {record.current.version for record in self._names.values() if record.current is not None}
-        for version in [version for version in self._store if version not in current and not self._store.refs(version)]:
-            self._store.drop(version)
-            self._slots.forget(version)
+        self._tiers.pin(self._names.versions(pinned=True))
+        self._names.forget(self._tiers.trim())
 
     def check_integrity(self) -> None:
         """References, slots and memory agree with the live requests; nothing unreachable is kept."""
-        self._store.check_integrity()
-        self._slots.check_integrity()
-        live: Counter[Entry] = Counter()
-        host: Counter[str] = Counter()
-        for uses, count in self._live.items():
-            for use in uses:
-                live[use.entry] += count
-                host[use.entry.version] += count
-        current = {record.current for record in self._names.values() if record.current is not None}
-        assert all(entry.refs == live[entry] for entry in live.keys() | current)
-        assert all(entry.version in self._store for entry in live.keys() | current if entry.loaded)
-        assert all(self._store.refs(version) == host[version] for version in self._store)
-        placed: Counter[str] = Counter()
-        for uses, count in self._placed.items():
-            assert 0 < count <= self._live[uses]
-            for version, _ in merge_uses(uses):
-                placed[version] += count
-        assert all(self._slots.uses(version) == placed[version] for version in self._store)
-        assert set(self._slots) <= set(self._store)
-        reachable = {entry.version for entry in current} | host.keys()
-        assert set(self._store) <= reachable
-        assert all(record.running >= 0 for record in self._names.values())
+        self._tiers.check_integrity()
+        store, slots = self._tiers.store, self._tiers.slots
+        live = self._live.references()
+        current = {record.current for record in self._names if record.current is not None}
+        in_host: Counter[str] = Counter()
+        for entry in live.keys() | current:
+            assert entry.refs == live[entry]
+            assert not entry.loaded or entry.version in store
+            in_host[entry.version] += entry.refs
+        assert all(store.refs(version) == in_host[version] for version in store)
+        assert set(store) <= in_host.keys(), "nobody can reach it, but it is kept"
+        placed = self._live.slot_uses()
+        assert all(slots.uses(version) == placed[version] for version in store)
+        assert store.pinned == slots.pinned == self._names.versions(pinned=True)
 
 
 def _source(name: str, path: str | Path, draft_path: str | Path | None) -> AdapterSource:
@@ -486,10 +396,3 @@ def _source(name: str, path: str | Path, draft_path: str | Path | None) -> Adapt
 def _describe(record: NameRecord, stored: StoredAdapter) -> None:
     record.version, record.rank, record.num_bytes = stored.version, stored.rank, stored.num_bytes
     record.has_draft = stored.draft is not None
-
-
-def _decrement(counter: Counter[Uses], uses: Uses) -> None:
-    assert counter[uses] > 0, "more releases than acquisitions"
-    counter[uses] -= 1
-    if not counter[uses]:
-        del counter[uses]

@@ -14,30 +14,14 @@ import torch
 
 from specserve.core.errors import AdapterError
 from specserve_adapters.adapter_files import AdapterFiles, check_folder, hash_files, read_files
+from specserve_adapters.entry import AdapterSource
 from specserve_adapters.host_adapter import HostAdapter
 from specserve_adapters.peft_reader import parse_adapter
 from specserve_adapters.spec import LinearSpec
 from specserve_adapters.store import StoredAdapter
 
-DRAFT_FOLDER = "draft"
 _Job = TypeVar("_Job")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterSource:
-    """Where an adapter comes from. Without `draft_path`, its companion is the subfolder draft/, if there is one."""
-
-    name: str
-    path: Path
-    draft_path: Path | None = None
-
-    def companion(self) -> Path | None:
-        """The draft companion's folder as of now."""
-        if self.draft_path is not None:
-            return self.draft_path
-        default = self.path / DRAFT_FOLDER
-        return default if default.is_dir() else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specserve_kernels.dispatch import backend
+
 Factors = tuple[Tensor, Tensor]  # (aᵀ [in_features, n], b [n, out_features]) of the rows in use, in computing precision
 
 
@@ -39,10 +41,13 @@ def _add_product(x: Tensor, y: Tensor, factors: Factors, weights: Tensor) -> Ten
     return y.add_(torch.mm(torch.mm(x.to(b.dtype), a_t).mul_(weights), b))
 
 
+_IMPLEMENTATIONS = {"torch": lora_ref}
+
+
 def lora(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Checked `lora_ref`, in place: returns y. Raises ValueError for shapes and dtypes that do not fit the formula."""
+    """The formula above, in place: returns y. Raises ValueError for shapes and dtypes that do not fit it."""
     _check(x, y, a, b, rows, weights)
-    return lora_ref(x, y, a, b, rows, weights)
+    return _IMPLEMENTATIONS[backend(x, _IMPLEMENTATIONS)](x, y, a, b, rows, weights)
 
 
 def _check(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Tensor, weights: Tensor) -> None:
