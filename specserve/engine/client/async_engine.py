@@ -25,12 +25,13 @@ from specserve.core.messages import (
     StepOutputs,
 )
 from specserve.core.sampling_params import SamplingParams
+from specserve.core.seeds import derive_seed
 from specserve.engine.client.detokenizer import Detokenizer
 from specserve.engine.client.generation import Delta, Generation, Sequence, wire_error
 from specserve.engine.client.launch import ENGINE_CORE
 from specserve.engine.client.recorder import NoRecorder, Recorder, account
 from specserve.engine.client.recovery import AdapterBook, AdapterCall, Supervisor
-from specserve.engine.client.seeds import SeedSource, derive_seed
+from specserve.engine.client.seeds import SeedSource
 from specserve.engine.client.tokenizer import Tokenizer
 from specserve.engine.client.validation import check_lora, check_prompt, resolve_params
 
@@ -130,6 +131,7 @@ class AsyncEngine:
 
         Raises InvalidRequestError, ContextLengthError, NotFoundError, OverloadedError, EngineDeadError.
         """
+        params.validate(self.ready.vocab_size)
         check_lora(lora, self.adapters.names, self.config.max_adapters_per_request)
         self._check_load(len(prompts) * params.n)
         if output_ids and (len(prompts) != 1 or params.n != 1):

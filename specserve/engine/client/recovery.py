@@ -48,13 +48,14 @@ class AdapterBook:
     def names(self) -> list[str]:
         return list(self._loads)
 
-    def path(self, name: str) -> str:
-        return self._loads[name].path
+    def load(self, name: str) -> LoadAdapter:
+        """The call that would load it again; KeyError for an unknown name."""
+        return self._loads[name]
 
     def record(self, call: AdapterCall) -> None:
         """Note a call that the engine has carried out."""
         if isinstance(call, LoadAdapter):
-            self._loads[call.name] = call
+            self._loads[call.name] = msgspec.structs.replace(call, replace=False)
         elif isinstance(call, UnloadAdapter):
             self._loads.pop(call.name, None)
         elif isinstance(call, PinAdapter) and call.name in self._loads:

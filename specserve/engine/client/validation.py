@@ -25,11 +25,10 @@ def check_prompt(prompt_ids: Sequence[int], output_ids: Sequence[int], ready: Re
 
 
 def resolve_params(params: SamplingParams, num_prompt: int, num_output: int, ready: Ready) -> SamplingParams:
-    """Validated parameters of one sequence: max_tokens set, n = 1. `max_tokens` counts the `num_output` tokens resumed.
+    """Parameters of one sequence: max_tokens set, n = 1. `max_tokens` counts the `num_output` tokens resumed.
 
     Raises InvalidRequestError, or ContextLengthError when prompt and max_tokens do not fit the context.
     """
-    params.validate(ready.vocab_size)
     room = ready.max_model_len - num_prompt
     wanted = num_output + 1 if params.max_tokens is None else params.max_tokens
     if wanted > room:

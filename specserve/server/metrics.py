@@ -1,0 +1,177 @@
+"""Prometheus metrics: vLLM's names, which dashboards rely on, and ours by adapter, with a bounded number of labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from specserve.core.messages import AdapterInfo, EngineStats
+from specserve.engine.client.async_engine import AsyncEngine
+from specserve.engine.client.recorder import FinishedRequest
+
+MAX_ADAPTER_LABELS = 100  # the most used ones; the rest add up under "other"
+TIERS = {"disk": 0, "host": 1, "device": 2}
+
+# Seconds.
+_LATENCY = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+)
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
+_GAP = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+
+
+class Metrics:
+    """One server's registry. As the client's Recorder it is told of requests; the rest is read at each scrape."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model_name
+        self._first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN)
+        self._inter_token = self._histogram("inter_token_latency_seconds", "Between steps with tokens.", _GAP)
+        self._total = self._histogram("e2e_request_latency_seconds", "Arrival to end.", _LATENCY)
+        self._queue = self._histogram("request_queue_time_seconds", "Arrival to first step.", _LATENCY)
+        self._prefill = self._histogram("request_prefill_time_seconds", "First step to first token.", _LATENCY)
+        self._decode = self._histogram("request_decode_time_seconds", "First token to last.", _LATENCY)
+        self._inference = self._histogram("request_inference_time_seconds", "First step to last token.", _LATENCY)
+        self._ended = Counter(
+            "vllm:request_success", "Requests that ended.", ["model_name", "finished_reason"], registry=self.registry
+        )
+
+    def watch(self, engine: AsyncEngine, max_loras: int) -> None:
+        """Read the engine's statistics at each scrape."""
+        self.registry.register(EngineCollector(engine, self._model, max_loras))
+
+    def render(self) -> tuple[bytes, str]:
+        """The exposition and its content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    def first_token(self, seconds: float) -> None:
+        self._first_token.observe(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        self._inter_token.observe(seconds)
+
+    def finished(self, request: FinishedRequest) -> None:
+        self._ended.labels(self._model, request.finish_reason).inc()
+        self._total.observe(request.total)
+        if request.queue is not None:
+            self._queue.observe(request.queue)
+        if request.prefill is not None and request.decode is not None:
+            self._prefill.observe(request.prefill)
+            self._decode.observe(request.decode)
+            self._inference.observe(request.prefill + request.decode)
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(f"vllm:{name}", documentation, ["model_name"], registry=self.registry, buckets=buckets)
+        return histogram.labels(self._model)
+
+
+class EngineCollector:
+    """The engine's own counters and gauges. A restarted engine counts from 0, as Prometheus expects of restarts."""
+
+    def __init__(self, engine: AsyncEngine, model_name: str, max_loras: int) -> None:
+        self._engine = engine
+        self._model = model_name
+        self._max_loras = max_loras
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats
+        yield from self._gauges(stats)
+        yield from self._counters(stats)
+        yield self._lora_requests()
+        yield from adapter_metrics(stats.adapters)
+
+    def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
+        used = stats.num_blocks - stats.num_free_blocks
+        for name, text, value in (
+            ("num_requests_running", "Requests in the batch.", stats.num_running),
+            ("num_requests_waiting", "Requests that wait for it.", stats.num_waiting),
+            ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used / max(stats.num_blocks, 1)),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+
+    def _counters(self, stats: EngineStats) -> Iterator[Metric]:
+        for name, text, value in (
+            ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits),
+            ("num_preemptions", "Requests preempted.", stats.preemptions),
+            ("spec_decode_num_drafts", "Rounds of speculation.", stats.num_drafts),
+            ("spec_decode_num_draft_tokens", "Tokens drafted.", stats.num_draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Drafted tokens accepted.", stats.num_accepted_tokens),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            counter.add_metric([self._model], value)
+            yield counter
+        accepted = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Rounds whose draft at this position was accepted.",
+            labels=["model_name", "position"],
+        )
+        for position, count in enumerate(stats.accepted_per_pos):
+            accepted.add_metric([self._model, str(position)], count)
+        yield accepted
+
+    def _lora_requests(self) -> Metric:
+        """vLLM's odd one: the names are the labels and the value is the time."""
+        names: dict[bool, set[str]] = {True: set(), False: set()}
+        for sequence in self._engine.live:
+            names[sequence.times.first_token is not None].update(ref.name for ref in sequence.request.lora)
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters of running and waiting requests.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        info.add_metric([str(self._max_loras), _list(names[True]), _list(names[False])], time.time())
+        return info
+
+
+def _list(names: set[str]) -> str:
+    return ",".join(sorted(names)[:MAX_ADAPTER_LABELS])
+
+
+def adapter_metrics(adapters: Iterable[AdapterInfo]) -> Iterator[Metric]:
+    """`specserve:adapter_*{adapter}`: counters of the MAX_ADAPTER_LABELS most used, the sum of the rest as "other"."""
+    ranked = sorted(adapters, key=lambda info: (-info.requests, info.name))
+    named, rest = ranked[:MAX_ADAPTER_LABELS], ranked[MAX_ADAPTER_LABELS:]
+    for field, text in (
+        ("requests", "Requests that named the adapter."),
+        ("tokens", "Tokens generated with it."),
+        ("drafted", "Tokens drafted for its requests."),
+        ("accepted", "Of these, tokens accepted."),
+    ):
+        counter = CounterMetricFamily(f"specserve:adapter_{field}", text, labels=["adapter"])
+        for info in named:
+            counter.add_metric([info.name], getattr(info, field))
+        if rest:
+            counter.add_metric(["other"], sum(getattr(info, field) for info in rest))
+        yield counter
+    tier = GaugeMetricFamily("specserve:adapter_tier", "Where it is: 0 disk, 1 host, 2 device.", labels=["adapter"])
+    for info in named:
+        tier.add_metric([info.name], TIERS[info.tier])
+    yield tier

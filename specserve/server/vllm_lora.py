@@ -1,0 +1,39 @@
+"""vLLM's two LoRA routes: POST /v1/load_lora_adapter and /v1/unload_lora_adapter."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from specserve.core.errors import NotFoundError
+from specserve.core.messages import UnloadAdapter
+from specserve.server.adapters import LoadBody, load
+from specserve.server.errors import read_body
+from specserve.server.state import STATE
+
+
+class LoadLoraBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False  # reload a name that is taken
+    base_model_name: str | None = None  # accepted as vLLM does; there is one base
+
+
+class UnloadLoraBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    lora_name: str
+    lora_int_id: int | None = None  # accepted; adapters have no numbers here
+
+
+async def load_lora_adapter(request: web.Request) -> web.Response:
+    body = await read_body(request, LoadLoraBody)
+    await load(request.app[STATE], LoadBody(name=body.lora_name, path=body.lora_path), replace=body.load_inplace)
+    return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload_lora_adapter(request: web.Request) -> web.Response:
+    body = await read_body(request, UnloadLoraBody)
+    engine = request.app[STATE].engine
+    if body.lora_name not in engine.adapters:
+        raise NotFoundError(f"The adapter {body.lora_name!r} does not exist.", param="lora_name")
+    await engine.call(UnloadAdapter(call_id=0, name=body.lora_name))
+    return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
