@@ -1,4 +1,4 @@
-"""EngineConfig: frozen, resolved once, printed once. CLI flags are made from its fields; the environment is read here only."""
+"""EngineConfig: frozen, resolved once, printed once. CLI flags are its fields; the environment is read here only."""
 
 from __future__ import annotations
 

@@ -13,7 +13,14 @@ from transformers import AutoTokenizer
 from specserve.config import EngineConfig, environment_seed
 from specserve.core.errors import BY_CODE, InvalidRequestError, SpecserveError
 from specserve.core.messages import (
-    AddRequest, FinishReason, LoadAdapter, LoraRef, RequestOutput, SpeculationStats, TokenLogprobs, UnloadAdapter,
+    AddRequest,
+    FinishReason,
+    LoadAdapter,
+    LoraRef,
+    RequestOutput,
+    SpeculationStats,
+    TokenLogprobs,
+    UnloadAdapter,
 )  # fmt: skip
 from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
@@ -48,8 +55,8 @@ def lora_refs(lora: Lora) -> tuple[LoraRef, ...]:
     if isinstance(lora, LoraRef):
         return (lora,)
     if isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[0], str):
-        return (LoraRef(lora[0], float(lora[1])),)  # type: ignore[arg-type]
-    return tuple(lora)  # type: ignore[arg-type]
+        return (LoraRef(lora[0], float(lora[1])),)
+    return tuple(lora)
 
 
 class LLM:

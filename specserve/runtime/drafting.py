@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from specserve.core.plan import PlanRow
 from specserve.runtime.layout import index_tensor, step_layout
 from specserve.runtime.model_state import ModelState
@@ -13,7 +15,6 @@ from specserve.runtime.rows import DeviceRows
 from specserve.sampling.batch import SamplingBatch
 from specserve.speculation.proposer import DraftBatch, Drafts
 from specserve.speculation.registry import ProposerRegistry
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

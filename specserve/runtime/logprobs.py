@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from specserve.core.messages import TokenLogprobs
 from specserve.sampling.logprobs import logprobs
-from torch import Tensor
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Sequence[int | None]) -> list[list[TokenLogprobs]]:
@@ -20,9 +21,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Sequence[int | None])
     found = logprobs(logits[asking], chosen_tokens, most)
     values, top_values, top_tokens = found.chosen.tolist(), found.top_values.tolist(), found.top_tokens.tolist()
     for index, row in enumerate(asking):
-        count = wanted[row] or 0
-        rows[row] = [
-            TokenLogprobs(token, values[index][j], list(zip(top_tokens[index][j][:count], top_values[index][j][:count])))
-            for j, token in enumerate(chosen_tokens[index].tolist())
-        ]
+        count = wanted[row]
+        for j, token in enumerate(chosen_tokens[index].tolist()):
+            top = list(zip(top_tokens[index][j], top_values[index][j], strict=True))[:count]
+            rows[row].append(TokenLogprobs(token, values[index][j], top))
     return rows

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from specserve.layers.context import ForwardContext
 from specserve.layers.linear import Linear
 from specserve.models.spec import ModelSpec
@@ -13,14 +15,15 @@ from specserve.runtime.layout import StepLayout
 from specserve.runtime.rows import DeviceRows
 from specserve_adapters.pool import AdapterPool
 from specserve_kernels.attention import AttentionMetadata
-from torch import Tensor
 
 
 class Model(Protocol):
     """What a family's file provides."""
 
-    spec: ModelSpec
-    linears: Sequence[Linear]
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def linears(self) -> Sequence[Linear]: ...
 
     def forward(self, input_ids: Tensor, context: ForwardContext) -> Tensor: ...
     def compute_logits(self, hidden: Tensor) -> Tensor: ...

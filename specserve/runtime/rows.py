@@ -6,9 +6,10 @@ The device's lengths are the truth; the scheduler's are upper bounds while steps
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from specserve.core.plan import BlockAppend, NewRow
 from specserve.sampling.rows import SamplingRows
-from torch import Tensor
 
 
 class DeviceRows:
@@ -27,12 +28,15 @@ class DeviceRows:
         device: torch.device,
     ) -> None:
         width = max_model_len + slack
-        zeros = {"dtype": torch.int64, "device": device}
-        self.history = torch.zeros(max_num_seqs, width, **zeros)  # [R, width] committed tokens, then scratch
-        self.block_tables = torch.zeros(max_num_seqs, -(-width // block_size), **zeros)  # [R, max_blocks]
-        self.num_tokens = torch.zeros(max_num_seqs, **zeros)  # [R] committed
-        self.prompt_lens = torch.zeros(max_num_seqs, **zeros)  # [R]
-        self.num_draft_computed = torch.zeros(max_num_seqs, **zeros)  # [R] tokens whose draft KV is right
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.history = zeros(max_num_seqs, width)  # [R, width] committed tokens, then scratch
+        self.block_tables = zeros(max_num_seqs, -(-width // block_size))  # [R, max_blocks]
+        self.num_tokens = zeros(max_num_seqs)  # [R] committed
+        self.prompt_lens = zeros(max_num_seqs)  # [R]
+        self.num_draft_computed = zeros(max_num_seqs)  # [R] tokens whose draft KV is right
         self.sampling = SamplingRows(max_num_seqs, vocab_size, device, dtype)
         # On the host: (slot, weight) pairs, and how many top logprobs each row wants (None: no logprobs).
         self.adapters: list[tuple[tuple[int, float], ...]] = [()] * max_num_seqs

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from specserve.core.plan import PlanRow, RowResult, StepPlan, StepResult
 from specserve.runtime.drafting import Drafter
 from specserve.runtime.layout import index_tensor, sample_index, step_layout
@@ -14,9 +16,8 @@ from specserve.runtime.rows import DeviceRows
 from specserve.sampling.processors import process
 from specserve.speculation.proposer import Drafts
 from specserve.speculation.registry import ProposerRegistry
-from specserve_adapters.peft_reader import HostAdapter
+from specserve_adapters.host_adapter import HostAdapter
 from specserve_kernels.rejection import Verified, verify
-from torch import Tensor
 
 HostAdapters = Callable[[str], tuple[HostAdapter, HostAdapter | None]]
 """Adapter version → target LoRA and draft companion in the host tier."""
@@ -91,7 +92,7 @@ class ModelRunner:
         if not any(samples):
             return None
         wanted = sample_index(query_lens, samples, tuple(row.num_drafts for row in plan_rows), self.device)
-        logits = self.target.model.compute_logits(hidden if wanted is None else hidden[wanted])
+        logits: Tensor = self.target.model.compute_logits(hidden if wanted is None else hidden[wanted])
         return logits.view(sum(samples), -1, logits.shape[-1])
 
     def _starts(self, plan_rows: list[PlanRow], row_index: Tensor) -> Tensor:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from specserve.core.messages import LoraRef, SpeculationStats
 from specserve.core.sampling_params import SamplingParams
-
-if TYPE_CHECKING:  # the scheduler passes these on and never looks inside
-    from specserve_adapters.manager import AdapterUse
+from specserve_adapters.entry import AdapterUse
 
 
 class Status(Enum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from specserve.core.errors import AdapterError
 from specserve.core.messages import ErrorInfo, LoraRef, RequestOutput
@@ -19,9 +19,7 @@ from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.outputs import accept_tokens, record_speculation
 from specserve.scheduling.prefix_cache import root_hash
 from specserve.scheduling.request import Request, Status
-
-if TYPE_CHECKING:  # the scheduler passes these on and never looks inside
-    from specserve_adapters.manager import AdapterUse
+from specserve_adapters.entry import AdapterUse
 
 
 class AdapterSlots(Protocol):
@@ -310,9 +308,7 @@ class Scheduler:
             positions.extend([0] * (row.num_drafts - len(positions)))
             for index in range(result.num_accepted):
                 positions[index] += 1
-        self.adapters.count_tokens(
-            request.adapter_uses, len(output.token_ids), result.num_drafted, result.num_accepted
-        )
+        self.adapters.count_tokens(request.adapter_uses, len(output.token_ids), result.num_drafted, result.num_accepted)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 

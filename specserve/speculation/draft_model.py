@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from specserve.sampling.batch import SamplingBatch
 from specserve.sampling.processors import process
 from specserve.speculation.proposer import DraftBatch, Drafts
 from specserve_kernels.sampling import draft_sample
-from torch import Tensor
 
 
 def draw_draft(

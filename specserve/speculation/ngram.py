@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from specserve.speculation.proposer import DraftBatch, Drafts
 from torch import Tensor
+
+from specserve.speculation.proposer import DraftBatch, Drafts
 
 MAX_NGRAM = 3
 MIN_NGRAM = 1

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from specserve.sampling.batch import SamplingBatch
 from torch import Tensor
+
+from specserve.sampling.batch import SamplingBatch
 
 ForwardFn = Callable[[Tensor], Tensor]
 """Draft forward given by the runner: positions [B, Q] int64 of tokens in the rows' history → logits [B, vocab] of each
@@ -18,9 +19,9 @@ row's last position. It writes the draft's KV at those positions and applies the
 class DraftBatch:
     """Rows to draft for. `num_drafts[i]` ≥ 1 is how many drafts row i may get; K is their maximum.
 
-    `history` [R, width] int64 and `lengths` [R] int64 are those of all device rows, `rows` [B] int64 picks this batch's,
-    `num_tokens` = lengths[rows]. Columns from a row's length on are scratch: a drafted token is written there to be read
-    back by the next pass.
+    `history` [R, width] int64 and `lengths` [R] int64 are those of all device rows, `rows` [B] int64 picks this
+    batch's, `num_tokens` = lengths[rows]. Columns from a row's length on are scratch: a drafted token is written there
+    to be read back by the next pass.
     """
 
     rows: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
 from specserve.scheduling.block_pool import NULL_BLOCK, BlockPool
 from specserve.scheduling.prefix_cache import extend_hashes, root_hash
 
@@ -91,9 +92,15 @@ def test_a_prefix_outlives_its_tail() -> None:
 
 def test_roots_differ_in_adapter_scale_salt_and_order_of_fields() -> None:
     roots = [
-        root_hash([]), root_hash([("v1", 1.0)]), root_hash([("v1", 0.5)]), root_hash([("v2", 1.0)]),
-        root_hash([("v1", 1.0), ("v2", 1.0)]), root_hash([], "salt"), root_hash([], "", ["salt"]), root_hash([], "sal", ["t"]),
-    ]  # fmt: skip
+        root_hash([]),
+        root_hash([("v1", 1.0)]),
+        root_hash([("v1", 0.5)]),
+        root_hash([("v2", 1.0)]),
+        root_hash([("v1", 1.0), ("v2", 1.0)]),
+        root_hash([], "salt"),
+        root_hash([], "", ["salt"]),
+        root_hash([], "sal", ["t"]),
+    ]
     assert len(set(roots)) == len(roots)
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from specserve.core.messages import LoraRef
 from specserve.core.plan import AdapterLoad, RowResult, StepPlan, StepResult
 from specserve.core.sampling_params import SamplingParams
@@ -104,8 +105,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, depth: int, seed: int, caching: bool) -> None:
         self.kv = KVCacheManager(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
-            self.kv, NoAdapters(), max_num_seqs=ROWS, max_num_batched_tokens=BUDGET, draft_kv={"draft": True, "ngram": False}
-        )  # fmt: skip
+            self.kv,
+            NoAdapters(),
+            max_num_seqs=ROWS,
+            max_num_batched_tokens=BUDGET,
+            draft_kv={"draft": True, "ngram": False},
+        )
         self.depth, self.device = depth, FakeDevice(seed)
         self.tickets: deque[StepResult] = deque()
         self.counter = 0

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from msgspec.structs import replace
+
 from specserve.config import DEMO_ROOT, Dtype, EngineConfig
 from specserve.core.errors import InvalidRequestError, ModelLoadError
 from specserve.device import free_memory, resolve_device
@@ -92,8 +93,8 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = ())
     config = demo_config(config)
     device = resolve_device(config.device)
     target = load_model(config.model, dtype=config.dtype, device=device)
-    draft = _load_draft(config, target, device)
-    models = [target] if draft is None else [target, draft]
+    draft = _load_draft(config, target.spec, device)
+    models: list[Model] = [target] if draft is None else [target, draft]
     specs = [model.spec for model in models]
     max_model_len = resolve_max_model_len(config.max_model_len, specs)
     num_blocks = resolve_num_blocks(config, specs, max_model_len, device)
@@ -117,11 +118,11 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = ())
     )  # fmt: skip
 
 
-def _load_draft(config: EngineConfig, target: Model, device: torch.device) -> Model | None:
+def _load_draft(config: EngineConfig, target: ModelSpec, device: torch.device) -> Model | None:
     if config.draft_model is None:
         return None
-    draft = load_model(config.draft_model, dtype=dtype_name(target.spec.dtype), device=device)
-    check_draft(target.spec, draft.spec)
+    draft = load_model(config.draft_model, dtype=dtype_name(target.dtype), device=device)
+    check_draft(target, draft.spec)
     return draft
 
 
@@ -130,6 +131,7 @@ def _build_adapters(config: EngineConfig, models: list[Model]) -> AdapterManager
     manager = AdapterManager(
         specs[0], specs[1] if len(specs) > 1 else None, num_slots=config.max_loras, max_rank=config.max_lora_rank,
         max_host_bytes=config.max_host_lora_bytes, dtype=models[0].spec.dtype, draft_dtype=models[-1].spec.dtype,
+        pin_memory=resolve_device(config.device).type == "cuda",
     )  # fmt: skip
     for name, path in config.loras:
         manager.register(name, path)

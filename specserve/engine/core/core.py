@@ -11,8 +11,18 @@ from msgspec.structs import replace
 from specserve.config import EngineConfig
 from specserve.core.errors import ContextLengthError, InvalidRequestError, SpecserveError
 from specserve.core.messages import (
-    AdapterInfo, AddRequest, EngineStats, ErrorInfo, ListAdapters, LoadAdapter, LoraRef, PinAdapter, Ready, Reply,
-    RequestOutput, UnloadAdapter,
+    AdapterInfo,
+    AddRequest,
+    EngineStats,
+    ErrorInfo,
+    ListAdapters,
+    LoadAdapter,
+    LoraRef,
+    PinAdapter,
+    Ready,
+    Reply,
+    RequestOutput,
+    UnloadAdapter,
 )  # fmt: skip
 from specserve.core.sampling_params import SamplingParams
 from specserve.engine.core.build import Resolved, build_engine, dtype_name
@@ -164,7 +174,9 @@ class EngineCore:
     def _check_lora(self, request: AddRequest) -> tuple[LoraRef, ...]:
         limit = self.config.max_adapters_per_request
         if len(request.lora) > limit:
-            raise InvalidRequestError(f"lora names {len(request.lora)} adapters; at most {limit} may be summed.", param="lora")
+            raise InvalidRequestError(
+                f"lora names {len(request.lora)} adapters; at most {limit} may be summed.", param="lora"
+            )
         for ref in request.lora:
             if not -1e6 < ref.scale < 1e6:
                 raise InvalidRequestError(f"lora scale of {ref.name!r} must be a finite number.", param="lora")
