@@ -44,12 +44,17 @@ class SamplingBatch:
     any_coupled: bool  # some row of temperature > 0 uses this method
     any_rejection: bool
     any_temperature: bool  # some divisor is not 1
-    any_top_k: bool
+    max_top_k: int  # the largest that is on, 0 if none is
     any_top_p: bool
+    any_top_p_alone: bool  # in a row without top_k
     any_min_p: bool
     any_penalty: bool
     output_len: Tensor | None = None  # int64, tokens generated so far; set if `forbidden` is
     counts: TokenCounts | None = None  # set if any_penalty
+
+    @property
+    def any_top_k(self) -> bool:
+        return self.max_top_k > 0
 
     @property
     def any_sampled(self) -> bool:

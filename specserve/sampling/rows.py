@@ -30,7 +30,7 @@ class _Row:
     method: Method
     sampled: bool
     temperature: bool
-    top_k: bool
+    top_k: int  # 0: off
     top_p: bool
     min_p: bool
     penalty: bool
@@ -45,7 +45,7 @@ def _host_row(params: SamplingParams, stop_ids: Iterable[int], method: Method | 
         method=method or params.method,
         sampled=sampled,
         temperature=sampled and params.temperature != 1.0,
-        top_k=sampled and 0 < params.top_k < vocab_size,
+        top_k=params.top_k if sampled and 0 < params.top_k < vocab_size else 0,
         top_p=sampled and params.top_p < 1.0,
         min_p=sampled and params.min_p > 0.0,
         penalty=params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0,
@@ -94,7 +94,7 @@ class SamplingRows:
             params.presence_penalty,
             params.frequency_penalty,
         )
-        top_k = params.top_k if host.top_k else self._vocab_size
+        top_k = host.top_k or self._vocab_size
         is_coupled = host.method == "coupled"
         self._ints[row] = (row, mix64(seed), top_k, prompt_len, params.min_tokens, is_coupled)
         self._cache.clear()
@@ -136,8 +136,9 @@ class SamplingRows:
             any_coupled=any(host.sampled and host.method == "coupled" for host in hosts),
             any_rejection=any(host.sampled and host.method == "rejection" for host in hosts),
             any_temperature=any(host.temperature for host in hosts),
-            any_top_k=any(host.top_k for host in hosts),
+            max_top_k=max((host.top_k for host in hosts), default=0),
             any_top_p=any(host.top_p for host in hosts),
+            any_top_p_alone=any(host.top_p and not host.top_k for host in hosts),
             any_min_p=any(host.min_p for host in hosts),
             any_penalty=any(host.penalty for host in hosts),
         )
