@@ -38,7 +38,8 @@ class Verified(NamedTuple):
 
 def _at(values: Tensor, index: Tensor) -> Tensor:
     """values [B, N, V], index [B] → [B, V]."""
-    return values.gather(1, index[:, None, None].expand(-1, 1, values.shape[2])).squeeze(1)
+    rows = torch.arange(0, values.shape[0] * values.shape[1], values.shape[1], device=index.device)
+    return values.flatten(0, 1).index_select(0, rows + index)
 
 
 def _accepts(p: Tensor, drafts: Tensor, draft_probs: Tensor | None, seed: Tensor, positions: Tensor) -> Tensor:
@@ -54,8 +55,10 @@ def residual_logits(p: Tensor, q: Tensor) -> Tensor:
 
     Where p ≤ q everywhere a rejection is rounding error (p = q up to it), and p itself is the answer.
     """
-    residual = (p - q).clamp_(min=0)
-    return torch.where(residual.amax(-1, keepdim=True) > 0, residual, p).log()
+    residual = p - q
+    residual = torch.where(residual.amax(-1, keepdim=True) > 0, residual, p)
+    # the logarithm of zero is right but slow on CPUs
+    return residual.clamp(min=torch.finfo(p.dtype).tiny).log_().masked_fill_(residual <= 0, float("-inf"))
 
 
 def _rejection_tail(

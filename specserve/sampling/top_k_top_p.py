@@ -60,8 +60,8 @@ def _num_kept(mass: Tensor, batch: SamplingBatch) -> Tensor:
 def _keep(logits: Tensor, descending: Tensor, kept: Tensor, batch: SamplingBatch) -> Tensor:
     """Mask all but the `kept` [B, Q, 1] largest, of equal ones those of lower id; rows with neither setting stay."""
     least = descending.gather(-1, kept - 1)
-    above, equal = logits > least, logits == least
-    room = kept - above.sum(-1, keepdim=True)
+    room = (kept - (descending > least).sum(-1, keepdim=True)).int()  # for tokens equal to the least
+    equal = logits == least
     off = (~_has_top_k(batch) & batch.top_p.isinf())[:, None, None]
-    keep = above.logical_or_(equal.logical_and_(equal.cumsum(-1) <= room)).logical_or_(off)
-    return logits.masked_fill(keep.logical_not_(), float("-inf"))
+    keep = (logits > least).logical_or_(equal.logical_and_(equal.cumsum(-1, dtype=torch.int32) <= room))
+    return logits.masked_fill(keep.logical_or_(off).logical_not_(), float("-inf"))
