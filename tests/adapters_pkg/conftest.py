@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from specserve_adapters.spec import LinearSpec
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from specserve_adapters.spec import LinearSpec
 
 MakeAdapter = Callable[..., PeftModel]
 HIDDEN, INTERMEDIATE, KV, LAYERS = 32, 48, 16, 2
@@ -22,7 +24,9 @@ def specs() -> list[LinearSpec]:
     out: list[LinearSpec] = []
     for layer in range(LAYERS):
         out += [
-            LinearSpec(layer, HIDDEN, (("self_attn.q_proj", HIDDEN), ("self_attn.k_proj", KV), ("self_attn.v_proj", KV))),
+            LinearSpec(
+                layer, HIDDEN, (("self_attn.q_proj", HIDDEN), ("self_attn.k_proj", KV), ("self_attn.v_proj", KV))
+            ),
             LinearSpec(layer, HIDDEN, (("self_attn.o_proj", HIDDEN),)),
             LinearSpec(layer, HIDDEN, (("mlp.gate_proj", INTERMEDIATE), ("mlp.up_proj", INTERMEDIATE))),
             LinearSpec(layer, INTERMEDIATE, (("mlp.down_proj", HIDDEN),)),
@@ -52,7 +56,7 @@ def make_adapter(base_model: LlamaForCausalLM) -> MakeAdapter:
     def make(folder: Path, *, seed: int = 0, **settings: Any) -> PeftModel:
         torch.manual_seed(seed)
         config = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"], **settings})
-        model = get_peft_model(base_model, config)
+        model = get_peft_model(copy.deepcopy(base_model), config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
