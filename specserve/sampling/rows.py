@@ -62,6 +62,7 @@ class SamplingRows:
         self, max_num_seqs: int, vocab_size: int, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> None:
         """dtype: of the logits that will be processed, float32 or float64."""
+        assert dtype in (torch.float32, torch.float64), "half precision is processed in float32"
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._dtype = dtype
