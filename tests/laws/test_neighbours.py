@@ -40,7 +40,6 @@ def test_reloads_disturb_nobody(
     folders = list(zoo(case.family).adapters["near" if case.proposer != "narrow_draft" else "narrow"].values())
 
     def reload(step: int) -> None:
-        llm.engine.poll_replies()
         if step == 2:
             for call_id, name in enumerate(ADAPTERS):
                 llm.engine.handle(LoadAdapter(call_id=call_id, name=name, path=str(folders[call_id - 1]), replace=True))
