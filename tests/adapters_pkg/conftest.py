@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specserve_adapters.spec import LinearSpec
@@ -65,3 +67,28 @@ def make_adapter(base_model: LlamaForCausalLM) -> MakeAdapter:
         return model
 
     return make
+
+
+WriteAdapter = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def write_adapter() -> WriteAdapter:
+    """write_adapter(folder, seed, rank=…, width=…): a PEFT folder for layer 0's o_proj, written by hand.
+
+    Its contents depend on the arguments alone; it takes 2 * rank * width values of memory.
+    """
+
+    def write(folder: Path, seed: int, rank: int = 2, width: int = HIDDEN) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(seed)
+        prefix = "base_model.model.model.layers.0.self_attn.o_proj"
+        tensors = {
+            f"{prefix}.lora_A.weight": torch.randn(rank, width, generator=generator),
+            f"{prefix}.lora_B.weight": torch.randn(width, rank, generator=generator),
+        }
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": r".*\.0\..*o_proj"}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    return write
