@@ -1,0 +1,15 @@
+"""`python -m serverkit.scripted_server MODEL …`: `specserve serve` over the scripted core."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from serverkit import SCRIPTED_CORE
+from specserve.cli.main import make_parser
+from specserve.cli.serve import configs
+from specserve.server.serve import serve
+
+if __name__ == "__main__":
+    engine, server = configs(make_parser().parse_args(["serve", *sys.argv[1:]]))
+    asyncio.run(serve(engine, server, core=SCRIPTED_CORE, on_ready=lambda url: print(f"Ready: {url}", flush=True)))
