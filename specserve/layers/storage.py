@@ -41,18 +41,21 @@ class Storage(Protocol):
 
 
 class DenseStorage:
-    """A plain matrix [out, in] and an optional bias [out] in the model's dtype."""
+    """A plain matrix and an optional bias [out] in the model's dtype.
+
+    The matrix lies as [in, out], the transpose of a checkpoint's: with few tokens, CPU libraries multiply by it a third
+    faster, and GPU libraries do not mind.
+    """
 
     def __init__(
         self, in_features: int, widths: Sequence[int], *, bias: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._widths = tuple(widths)
-        self._weight = torch.empty(sum(widths), in_features, dtype=dtype, device=device)
-        self._transposed = self._weight.t()
+        self._weight = torch.empty(in_features, sum(widths), dtype=dtype, device=device)
         self._bias = torch.empty(sum(widths), dtype=dtype, device=device) if bias else None
 
     def parameters(self) -> list[dict[str, Parameter]]:
-        parts = [{"weight": whole(rows)} for rows in self._weight.split_with_sizes(self._widths)]
+        parts = [{"weight": whole(rows)} for rows in self._weight.t().split_with_sizes(self._widths)]
         if self._bias is not None:
             for part, values in zip(parts, self._bias.split_with_sizes(self._widths), strict=True):
                 part["bias"] = whole(values)
@@ -62,5 +65,5 @@ class DenseStorage:
         if self._bias is not None:
             addend = self._bias if addend is None else addend + self._bias
         if addend is None:
-            return torch.mm(x, self._transposed)
-        return torch.addmm(addend, x, self._transposed)
+            return torch.mm(x, self._weight)
+        return torch.addmm(addend, x, self._weight)
