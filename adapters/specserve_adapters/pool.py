@@ -53,7 +53,7 @@ class AdapterPool:
         self._weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._active: tuple[int, ...] = ()  # the slots of everything that is cached below
         self._rows: dict[int, Tensor] = {}
-        self._factors: list[Factors | None] = []
+        self._factors: list[Factors | None] | None = None
         self._batches: dict[tuple[object, object], LoraBatch] = {}
 
     @torch.inference_mode()
@@ -111,7 +111,8 @@ class AdapterPool:
         """Rank rows of the active slots, one index tensor for each number of parts."""
         self._forget_batches()
         self._active = active
-        self._factors = [None] * len(self.specs)
+        # On the CPU a step is bound by operators; on a device the copy would eat into the KV cache's memory.
+        self._factors = [None] * len(self.specs) if self._device.type == "cpu" else None
         for parts in sorted(set(self._parts)):
             rows = [
                 (slot * parts + part) * self.max_rank + row
@@ -139,4 +140,4 @@ class AdapterPool:
 
     def _forget_batches(self) -> None:
         """Batches already handed out keep what they were made of: fresh containers, not cleared ones."""
-        self._active, self._rows, self._factors, self._batches = (), {}, [], {}
+        self._active, self._rows, self._factors, self._batches = (), {}, None, {}

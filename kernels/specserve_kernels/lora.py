@@ -71,19 +71,22 @@ class LoraBatch:
 
     `pool[i]` = (a [S * P * R, in_features], b [S * P * R, out_features]) of linear i with `parts[i]` = P merged
     modules, S slots, R the largest rank. `rows[P]` [n] and `weights[P]` [T, n] as above. `factors[i]`, filled at the
-    first use, keeps the gathered rows; batches of the same slots share it. A linear then costs three operations.
+    first use, keeps the gathered rows, shared by batches of the same slots: a linear then costs three operations. It is
+    a second copy of the active slots; None, where memory is dear, gathers at every use.
     """
 
     pool: Sequence[tuple[Tensor, Tensor]]
     parts: tuple[int, ...]
     rows: Mapping[int, Tensor]
     weights: Mapping[int, Tensor]
-    factors: list[Factors | None]
+    factors: list[Factors | None] | None
 
     def apply(self, linear_index: int, x: Tensor, y: Tensor) -> None:
         """y += the adapters' product of linear `linear_index`, in place. x [T, in_features], y [T, out_features]."""
-        factors = self.factors[linear_index]
+        parts = self.parts[linear_index]
+        factors = self.factors[linear_index] if self.factors is not None else None
         if factors is None:
-            parts = self.parts[linear_index]
-            factors = self.factors[linear_index] = _gather(*self.pool[linear_index], self.rows[parts])
-        _add_product(x, y, factors, self.weights[self.parts[linear_index]])
+            factors = _gather(*self.pool[linear_index], self.rows[parts])
+            if self.factors is not None:
+                self.factors[linear_index] = factors
+        _add_product(x, y, factors, self.weights[parts])

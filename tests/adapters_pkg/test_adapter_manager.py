@@ -14,7 +14,9 @@ from specserve.core.messages import LoraRef
 from specserve_adapters.adapter_files import hash_adapter
 from specserve_adapters.entry import AdapterUse
 from specserve_adapters.manager import AdapterManager, LoadTicket
+from specserve_adapters.reading import ReadQueue
 from specserve_adapters.spec import LinearSpec
+from specserve_adapters.store import StoredAdapter
 
 ONE = 2 * 2 * 32 * 4  # bytes of one rank-2 adapter of width 32 in float32
 Make = Callable[..., AdapterManager]
@@ -488,3 +490,24 @@ def test_unknown_names_take_no_references(make: Make, write_adapter: Any, tmp_pa
         manager.acquire((LoraRef("a"), LoraRef("b")))
     manager.check_integrity()
     assert manager.info("a").requests == 0
+
+
+def test_an_unforeseen_failure_fails_its_own_read(caplog: pytest.LogCaptureFixture) -> None:
+    def read(job: str) -> StoredAdapter:
+        raise ZeroDivisionError(job)
+
+    queue = ReadQueue(read)
+    for job in ("first", "second"):
+        queue.submit(job)
+    for job in ("first", "second"):
+        queue.wait(30)
+        finished = queue.finished()
+        assert finished is not None
+        assert finished[0] == job
+        assert isinstance(finished[1], AdapterError)
+        assert f"ZeroDivisionError: {job}" in finished[1].message
+        queue.pop()
+    assert len(queue) == 0
+    assert queue.finished() is None
+    queue.close()
+    assert len(caplog.records) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -131,6 +132,23 @@ def test_slots_are_overwritten_whole() -> None:
     used.clear_slot(1)
     assert all(not tensor.any() for pair in used.linears for tensor in pair)
     assert used.make_batch([((1, 1.0),)], [1]) is None
+
+
+def test_gathering_once_or_at_every_use_is_the_same() -> None:
+    pool = AdapterPool(SPECS, SLOTS, MAX_RANK, torch.float32, "cpu")
+    for slot in range(SLOTS):
+        pool.load_slot(slot, random_adapter(slot, torch.float32))
+    kept = pool.make_batch([((0, 1.0), (1, 0.5)), ()], [2, 1])
+    assert kept is not None
+    fresh = dataclasses.replace(kept, factors=None)
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        y, z = torch.ones(3, 16), torch.ones(3, 16)
+        kept.apply(0, x, y)
+        fresh.apply(0, x, z)
+        assert torch.equal(y, z)
+        assert torch.equal(y[2], torch.ones(16))
+        assert not torch.equal(y[:2], torch.ones(2, 16))
 
 
 def test_batches_are_kept_until_a_slot_changes() -> None:

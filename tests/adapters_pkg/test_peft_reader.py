@@ -20,7 +20,7 @@ from specserve.core.errors import AdapterError
 from specserve_adapters.adapter_files import hash_adapter, hash_files, read_files
 from specserve_adapters.host_adapter import HostAdapter
 from specserve_adapters.peft_config import parse_config
-from specserve_adapters.peft_reader import read_adapter
+from specserve_adapters.peft_reader import parse_adapter, read_adapter
 from specserve_adapters.spec import LinearSpec
 
 MODULES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -293,3 +293,15 @@ def test_hash_is_of_contents_and_places(make_adapter: Any, tmp_path: Path) -> No
     assert len({hash_adapter(*folders) for folders in ((a, None), (b, None), (a, b), (b, a), (a, a))}) == 5
     edit_config(lora_alpha=13)(copy)
     assert hash_adapter(copy, None) != hash_adapter(a, None)
+
+
+def test_the_version_is_of_the_bytes_that_were_parsed(
+    make_adapter: Any, specs: list[LinearSpec], tmp_path: Path
+) -> None:
+    make_adapter(tmp_path, seed=1)
+    version, blob = hash_adapter(tmp_path, None), read(tmp_path, specs).blob
+    files = read_files(tmp_path)
+    make_adapter(tmp_path, seed=2)
+    assert hash_files(files, None) == version != hash_adapter(tmp_path, None)
+    assert torch.equal(parse_adapter(files, specs, max_rank=16, dtype=torch.float64).blob, blob)
+    assert not torch.equal(read(tmp_path, specs).blob, blob)
