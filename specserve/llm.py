@@ -8,10 +8,9 @@ from itertools import count
 from typing import Any
 
 from msgspec.structs import replace
-from transformers import AutoTokenizer
 
-from specserve.config import EngineConfig, environment_seed
-from specserve.core.errors import BY_CODE, InvalidRequestError, SpecserveError
+from specserve.config import EngineConfig, resolve_demo
+from specserve.core.errors import InvalidRequestError, ModelLoadError
 from specserve.core.messages import (
     AddRequest,
     FinishReason,
@@ -24,7 +23,10 @@ from specserve.core.messages import (
 )  # fmt: skip
 from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
-from specserve.engine.core.build import demo_config
+from specserve.engine.client.detokenizer import Detokenizer
+from specserve.engine.client.generation import wire_error
+from specserve.engine.client.seeds import SeedSource
+from specserve.engine.client.tokenizer import Tokenizer
 from specserve.engine.core.core import EngineCore
 from specserve.speculation.proposer import Proposer
 
@@ -34,7 +36,7 @@ Lora = str | LoraRef | tuple[str, float] | Sequence[LoraRef] | None
 
 @dataclass(slots=True)
 class Output:
-    """One finished sequence. `text` is "" when the model has no tokenizer; stop strings are cut off."""
+    """One sequence. `text` is "" when the model has no tokenizer; it ends before a stop string, as the tokens do."""
 
     request_id: str
     token_ids: list[int] = field(default_factory=list)
@@ -59,58 +61,72 @@ def lora_refs(lora: Lora) -> tuple[LoraRef, ...]:
     return tuple(lora)
 
 
+@dataclass(slots=True)
+class _Running:
+    output: Output
+    text: Detokenizer | None
+
+
 class LLM:
-    """`LLM(model=..., draft_model=..., loras=(("sql", path),))` or `LLM(config)`."""
+    """`LLM(model=..., draft_model=..., loras=(("sql", path),))` or `LLM(config)`.
+
+    Raises ModelLoadError or InvalidRequestError (a setting). `proposers`: more of them, by name.
+    """
 
     def __init__(
         self, config: EngineConfig | None = None, *, proposers: Sequence[Proposer] = (), **fields: Any
     ) -> None:
-        self.config = demo_config(config or EngineConfig(**fields))
+        self.config = resolve_demo(config or EngineConfig(**fields))
         self.engine = EngineCore(self.config, proposers)
         self.tokenizer = load_tokenizer(self.config.model)
         self._ids = count()
+        self._seeds = SeedSource(self.config.seed)
+
+    def close(self) -> None:
+        """End the engine's threads; the object must not be used after."""
+        self.engine.close()
 
     def load_adapter(self, name: str, path: str, *, replace: bool = False, pinned: bool = False) -> None:
         """Read an adapter folder and make it available under `name`; raises AdapterError."""
-        call_id = next(self._ids)
-        call = LoadAdapter(call_id=call_id, name=name, path=path, replace=replace, pinned=pinned)
-        reply = self.engine.handle(call)
-        while reply is None:
-            reply = next((r for r in self.engine.poll_replies() if r.call_id == call_id), None)
-        if reply.error is not None:
-            raise BY_CODE.get(reply.error.code, SpecserveError)(reply.error.message, param=reply.error.param)
+        self._call(LoadAdapter(call_id=next(self._ids), name=name, path=path, replace=replace, pinned=pinned))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; raises NotFoundError."""
-        reply = self.engine.handle(UnloadAdapter(call_id=next(self._ids), name=name))
-        assert reply is not None
+        self._call(UnloadAdapter(call_id=next(self._ids), name=name))
+
+    def _call(self, call: LoadAdapter | UnloadAdapter) -> None:
+        reply = self.engine.handle(call)
+        while reply is None:
+            self.engine.adapters.wait(0.1)
+            reply = next((r for r in self.engine.poll_replies() if r.call_id == call.call_id), None)
         if reply.error is not None:
-            raise BY_CODE.get(reply.error.code, SpecserveError)(reply.error.message, param=reply.error.param)
+            raise wire_error(reply.error)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        lora: Lora | Sequence[Lora] = None,
+        lora: Lora | list[Lora] = None,
     ) -> list[Output]:
         """Generate for all prompts in one batch. `params` and `lora` (as a list) may differ per prompt; n > 1 gives n
-        outputs in a row for a prompt."""
-        many: Sequence[Prompt] = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts  # type: ignore[list-item,assignment]
-        all_params = [params or SamplingParams()] * len(many) if not isinstance(params, Sequence) else params
+        outputs in a row for a prompt. Raises the SpecserveError of the first request that is refused or fails."""
+        many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        all_params = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
         loras = lora if isinstance(lora, list) else [lora] * len(many)
-        outputs: dict[str, Output] = {}
-        for prompt, own, refs in zip(many, all_params, loras, strict=True):
-            for request in self._requests(prompt, own, lora_refs(refs)):
-                outputs[request.request_id] = Output(request.request_id)
-                self.engine.add_request(request)
-        self._run(outputs)
-        for output, own in zip(outputs.values(), (p for p in all_params for _ in range(p.n)), strict=True):
-            self._finish_text(output, own)
-        return list(outputs.values())
+        running: dict[str, _Running] = {}
+        try:
+            for prompt, own, refs in zip(many, all_params, loras, strict=True):
+                for request in self._requests(prompt, own, lora_refs(refs)):  # type: ignore[arg-type]
+                    running[request.request_id] = self._running(request)
+                    self.engine.add_request(request)
+            self._run(running)
+        finally:
+            self.engine.abort_requests(list(running))  # none is left unless something was raised
+        return [one.output for one in running.values()]
 
     def _requests(self, prompt: Prompt, params: SamplingParams, lora: tuple[LoraRef, ...]) -> list[AddRequest]:
         ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
-        seed = environment_seed() if params.seed is None else params.seed
+        seed = self._seeds.next() if params.seed is None else params.seed
         return [
             AddRequest(
                 request_id=f"llm-{next(self._ids)}",
@@ -125,43 +141,52 @@ class LLM:
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise InvalidRequestError("The model has no tokenizer: give prompts as token ids.", param="prompt")
-        return list(self.tokenizer.encode(text))
+        return self.tokenizer.encode(text)
 
-    def _run(self, outputs: dict[str, Output]) -> None:
+    def _running(self, request: AddRequest) -> _Running:
+        params = request.params
+        if self.tokenizer is None:
+            if params.stop:
+                raise InvalidRequestError("The model has no tokenizer: use stop_token_ids instead.", param="stop")
+            return _Running(Output(request.request_id), None)
+        text = Detokenizer(
+            self.tokenizer, params.stop, context=request.prompt_ids,
+            include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens,
+        )  # fmt: skip
+        return _Running(Output(request.request_id), text)
+
+    def _run(self, running: dict[str, _Running]) -> None:
         while self.engine.has_work():
             self.engine.poll_replies()
             for part in self.engine.step():
-                if part.request_id in outputs:
-                    self._merge(outputs[part.request_id], part)
+                if part.error is not None:
+                    raise wire_error(part.error)
+                if part.request_id in running:
+                    self._merge(running[part.request_id], part)
 
-    def _merge(self, output: Output, part: RequestOutput) -> None:
-        if part.error is not None:
-            raise BY_CODE.get(part.error.code, SpecserveError)(part.error.message, param=part.error.param)
-        output.token_ids += part.token_ids
+    def _merge(self, one: _Running, part: RequestOutput) -> None:
+        output, kept = one.output, len(part.token_ids)
         output.cached_tokens = part.cached_tokens
+        output.finish_reason, output.stop_token_id = part.finish_reason, part.stop_token_id
+        output.speculation = part.speculation or output.speculation
+        if one.text is not None:
+            piece = one.text.push(part.token_ids, last=part.finish_reason is not None)
+            output.text += piece.text
+            if piece.stop is not None:
+                kept, output.finish_reason, output.stop_token_id = piece.num_tokens, "stop", None
+                self.engine.abort_requests([output.request_id])
+        output.token_ids += part.token_ids[:kept]
         if part.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + part.logprobs
-        if part.finish_reason is not None:
-            output.finish_reason = part.finish_reason
-            output.stop_token_id = part.stop_token_id
-            output.speculation = part.speculation or output.speculation
-
-    def _finish_text(self, output: Output, params: SamplingParams) -> None:
-        if self.tokenizer is None:
-            return
-        output.text = self.tokenizer.decode(output.token_ids, skip_special_tokens=True)
-        found = [at for stop in params.stop if (at := output.text.find(stop)) >= 0]
-        if found:
-            output.text, output.finish_reason = output.text[: min(found)], "stop"
+            output.logprobs = (output.logprobs or []) + part.logprobs[:kept]
 
 
 def _is_ids(prompts: object) -> bool:
     return isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], int)
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str) -> Tokenizer | None:
     """The model's tokenizer, or None if it has none (prompts are token ids then)."""
     try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError):
+        return Tokenizer.load(model)
+    except ModelLoadError:
         return None

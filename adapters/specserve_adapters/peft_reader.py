@@ -78,7 +78,7 @@ def _load_tensors(data: bytes) -> dict[str, Tensor]:
 def _pair_tensors(tensors: Mapping[str, Tensor], modules: Modules) -> dict[str, tuple[Tensor, Tensor]]:
     """{full module name: (A, B)} in the model's order. Raises AdapterError for anything else in the file."""
     found: dict[tuple[str, str], Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # safetensors' order is random; the first fault is always the same
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
             reason = next((why for part, why in _UNSUPPORTED_TENSORS if part in name), "it is not part of a LoRA")

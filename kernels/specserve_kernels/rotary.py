@@ -15,7 +15,8 @@ from specserve_kernels.dispatch import backend
 
 
 def rotary_ref(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+    tokens, count, dim = heads.shape
+    swapped = heads.view(tokens, count, 2, dim // 2).flip(2).view(tokens, count, dim)
     return torch.addcmul(heads * cos, swapped, sin)
 
 

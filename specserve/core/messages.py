@@ -118,7 +118,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop or EOS token that ended it (it is not in token_ids)
     cached_tokens: int = 0  # prompt tokens served from the prefix cache
-    speculation: SpeculationStats | None = None  # with the last output
+    speculation: SpeculationStats | None = None  # with the last output; with stop strings, with every one
     queue_seconds: float | None = None  # how long it waited for its first step; with the first output
     error: ErrorInfo | None = None
 

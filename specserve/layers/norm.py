@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specserve.layers.storage import Parameter, whole
-from specserve_kernels.norm import rms_norm
+from specserve_kernels.norm import rms_norm, sum_dtype
 
 
 class RMSNorm:
@@ -14,7 +14,7 @@ class RMSNorm:
 
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         self._weight = torch.empty(size, dtype=dtype, device=device)
-        self._eps = eps
+        self._eps = torch.tensor(eps, dtype=sum_dtype(dtype), device=device)
 
     def parameters(self) -> dict[str, Parameter]:
         return {"weight": whole(self._weight)}
@@ -31,7 +31,7 @@ class HeadNorm:
     ) -> None:
         self._weight = torch.empty(num_heads + num_kv_heads, head_dim, dtype=dtype, device=device)
         self._num_heads = num_heads
-        self._eps = eps
+        self._eps = torch.tensor(eps, dtype=sum_dtype(dtype), device=device)
 
     def parameters(self) -> dict[str, Parameter]:
         """One checkpoint vector [head_dim] fills the rows of all query heads, one those of all key heads."""

@@ -284,8 +284,9 @@ class Scheduler:
             self._commit_draft(request, row, known, result)
         if output is not None:
             self._count(request, row, result, output)
-            if output.finish_reason is not None:
+            if output.finish_reason is not None or request.params.stop:  # a stop string is found further up
                 output.speculation = request.stats
+            if output.finish_reason is not None:
                 self._finish(request)
         return output
 

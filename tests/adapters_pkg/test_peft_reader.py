@@ -231,7 +231,7 @@ REJECTIONS: list[tuple[Edit, list[str]]] = [
     (without(f"{Q0}.lora_A.weight"), [f"{Q0}.lora_A.weight is missing"]),
     (with_tensor(f"{Q0}.lora_A.weight", torch.zeros(4, 33)), [f"{Q0}.lora_A.weight", "[4, 32]", "[4, 33]"]),
     (with_tensor(f"{Q0}.lora_B.weight", torch.zeros(32)), [f"{Q0}.lora_B.weight", "[32, 4]", "[32]"]),
-    (with_tensor(f"{Q0}.lora_A.default.weight", torch.zeros(4, 32)), [f"{Q0}.lora_A.default.weight"]),
+    (with_tensor(f"{Q0}.lora_A.default.weight", torch.zeros(4, 32)), [f"{Q0}.lora_A.weight", "twice"]),
     (with_tensor(f"{Q0}.lora_B.bias", torch.zeros(32)), [f"{Q0}.lora_B.bias", "bias"]),
     (with_tensor(f"{Q0}.lora_magnitude_vector", torch.ones(32)), ["lora_magnitude_vector", "DoRA"]),
     (with_tensor("base_model.model.lm_head.lora_A.weight", torch.zeros(4, 32)), ["lm_head"]),

@@ -8,7 +8,7 @@ import torch
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import backend
 from specserve_kernels.kv_cache import write_kv
-from specserve_kernels.norm import rms_norm
+from specserve_kernels.norm import rms_norm, sum_dtype
 from specserve_kernels.rotary import rotary
 from specserve_kernels.tolerances import OP
 
@@ -24,6 +24,10 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def eps(value: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(value, dtype=sum_dtype(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 7), (5, 33), (3, 5, 17)])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])  # the small one makes eps count
@@ -31,18 +35,18 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...], scale: float) -> N
     x, weight = random(*shape, dtype=dtype) * scale, random(shape[-1], dtype=dtype, seed=1)
     wide = x.double()
     expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    close(rms_norm(x, weight, 1e-5), expected)
+    close(rms_norm(x, weight, eps(1e-5, dtype)), expected)
 
 
 def test_rms_norm_with_a_weight_per_head() -> None:
     x, weight = random(4, 3, 9, dtype=torch.float64), random(3, 9, dtype=torch.float64, seed=1)
     expected = torch.stack([torch.nn.functional.rms_norm(x[:, h], (9,), weight[h], 1e-6) for h in range(3)], dim=1)
-    close(rms_norm(x, weight, 1e-6), expected)
+    close(rms_norm(x, weight, eps(1e-6, torch.float64)), expected)
 
 
 def test_rms_norm_of_large_half_precision_values_stays_finite() -> None:
     x = torch.full((1, 64), 6e4, dtype=torch.float16)
-    close(rms_norm(x, torch.ones(64, dtype=torch.float16), 1e-5), torch.ones(1, 64))
+    close(rms_norm(x, torch.ones(64, dtype=torch.float16), eps(1e-5, torch.float16)), torch.ones(1, 64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,7 @@ SOURCES = {
 }
 
 # transformers uses what it finds under this name as soon as the version suits, so a stand-in of that version shows
-# whether it found the distribution or a folder of ours. Every name is there: the ones it wants change with each release.
+# whether it found the distribution or a folder of ours. Every name is there: those it wants change with each release.
 STAND_IN = """
 origin = "PyPI"
 def _decorator(*args, **kwargs):

@@ -184,8 +184,9 @@ def test_malformed_json(scripted_server: Server, data: bytes) -> None:
     assert "JSON" in answer["error"]["message"]
 
 
-def test_nested_to_the_death(scripted_server: Server) -> None:
-    status, answer = scripted_server.request("POST", COMPLETIONS, data=b"[" * 200_000)
+@pytest.mark.parametrize("head", [b"", b'{"prompt": "a", "metadata": {"a": '])
+def test_nested_to_the_death(scripted_server: Server, head: bytes) -> None:
+    status, answer = scripted_server.request("POST", COMPLETIONS, data=head + b"[" * 200_000)
     assert status == 400
     assert answer["error"]["code"]
 

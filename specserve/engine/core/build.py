@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from msgspec.structs import replace
 
-from specserve.config import DEMO_ROOT, Dtype, EngineConfig
+from specserve.config import Dtype, EngineConfig, resolve_demo
 from specserve.core.errors import InvalidRequestError, ModelLoadError
 from specserve.device import free_memory, resolve_device
 from specserve.loading import load_model
@@ -39,19 +38,6 @@ class Resolved:
     pipeline_depth: int
     default_proposer: str | None
     default_drafts: int
-
-
-def demo_config(config: EngineConfig) -> EngineConfig:
-    """`model="demo"` means the bundled target; its draft and adapters come along unless others are named."""
-    if config.model != "demo":
-        return config
-    adapters = sorted(path for path in (DEMO_ROOT / "adapters").iterdir() if path.is_dir())
-    return replace(
-        config,
-        model=str(DEMO_ROOT / "target"),
-        draft_model=config.draft_model or str(DEMO_ROOT / "draft"),
-        loras=config.loras or tuple((path.name, str(path)) for path in adapters),
-    )
 
 
 def check_draft(target: ModelSpec, draft: ModelSpec) -> None:
@@ -90,7 +76,7 @@ def resolve_num_blocks(config: EngineConfig, specs: list[ModelSpec], max_model_l
 
 def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = ()) -> Resolved:
     """Load the models and allocate everything. Raises ModelLoadError or InvalidRequestError."""
-    config = demo_config(config)
+    config = resolve_demo(config)
     device = resolve_device(config.device)
     target = load_model(config.model, dtype=config.dtype, device=device)
     draft = _load_draft(config, target.spec, device)

@@ -62,13 +62,22 @@ def pairwise(axes: Mapping[str, Sequence[object]]) -> list[tuple[object, ...]]:
     return cover
 
 
-_COVER = frozenset(Case(*row) for row in pairwise(AXES))
+def over(**axes: Sequence[object]) -> pytest.MarkDecorator:
+    """Parametrise a law over the product of these axes; what lies outside the pairwise cover is marked `laws_full`."""
+    cover = set(pairwise(axes))
+    rows = [
+        pytest.param(*row, id="-".join(map(str, row)), marks=() if row in cover else pytest.mark.laws_full)
+        for row in product(*axes.values())
+    ]
+    return pytest.mark.parametrize(",".join(axes), rows)
 
 
-def law_cases() -> pytest.MarkDecorator:
-    """Parametrise a law by `case` over the full product; what lies outside the cover is marked `laws_full`."""
-    cases = [Case(*row) for row in product(*AXES.values())]
+def law_cases(**fewer: Sequence[object]) -> pytest.MarkDecorator:
+    """Parametrise a law by `case` over all axes; `fewer` replaces the values of some."""
+    axes = dict(AXES) | fewer
+    cover = {Case(*row) for row in pairwise(axes)}
+    cases = [Case(*row) for row in product(*axes.values())]
     return pytest.mark.parametrize(
         "case",
-        [pytest.param(c, id=str(c), marks=() if c in _COVER else pytest.mark.laws_full) for c in cases],
+        [pytest.param(c, id=str(c), marks=() if c in cover else pytest.mark.laws_full) for c in cases],
     )

@@ -49,7 +49,8 @@ class ByChance:
     def propose(self, batch: DraftBatch) -> Drafts:
         tokens, probs = [], []
         sampling = batch.sampling
-        logits = torch.linspace(-1, 1, VOCAB, dtype=torch.float64).expand(len(batch.rows), VOCAB)  # [B, vocab]
+        vocab = sampling.vocab_size
+        logits = torch.linspace(-1, 1, vocab, dtype=torch.float64).expand(len(batch.rows), vocab)  # [B, vocab]
         for step in range(batch.max_drafts):
             token, q = draft_sample(
                 logits, sampling.seed, batch.num_tokens + step, sampling.temperature, sampling.is_coupled

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,9 +26,9 @@ def peft_model(zoo: Zoo, lora: Lora, dtype: torch.dtype) -> torch.nn.Module:
         model.load_adapter(paths[ref.name], adapter_name=ref.name, autocast_adapter_dtype=False)
     model.base_model.set_adapter([ref.name for ref in lora])
     for module in model.modules():
-        if hasattr(module, "scaling"):
+        if isinstance(module, LoraLayer):
             for ref in lora:
-                if ref.name in module.scaling:
+                if ref.name in module.scaling:  # it may leave this linear alone
                     module.scaling[ref.name] *= ref.scale
     return model.to(dtype).eval()
 

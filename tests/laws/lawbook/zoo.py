@@ -88,6 +88,14 @@ def _perturbed(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model
 
 
+def _forgetful(model: torch.nn.Module) -> torch.nn.Module:
+    """Attention adds nothing, so the next token depends on the last one alone."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    return model
+
+
 def _save_adapter(base: Path, name: str, seed: int, folder: Path) -> None:
     """peft initialises B to zero, which is no adapter at all; here it is drawn."""
     torch.manual_seed(seed)
@@ -111,9 +119,18 @@ def build_zoo(family: str, root: Path) -> Zoo:
         adapters[draft] = {name: root / family / "adapters" / draft / name for name in ADAPTERS}
         for seed, (name, folder) in enumerate(adapters[draft].items(), start=10):
             _save_adapter(folders["target"], name, seed, folder)
-            if name in WITH_COMPANION:
-                # The target as its own draft needs the very same adapter to agree everywhere.
-                _save_adapter(draft_folder, name, seed if draft == "self" else seed + 100, folder / "draft")
-            elif draft == "self":
+            if draft == "self":  # the very same adapter, to agree everywhere
                 _save_adapter(draft_folder, name, seed, folder / "draft")
+            elif name in WITH_COMPANION:
+                _save_adapter(draft_folder, name, seed + 100, folder / "draft")
     return Zoo(folders["target"], drafts, adapters)
+
+
+def build_markov_zoo(root: Path, vocab_size: int) -> Zoo:
+    """A target without memory, a draft that resembles it, and adapter a2 (of the MLP alone) with its companion."""
+    target, near, adapter = root / "target", root / "near", root / "a2"
+    _forgetful(_model("llama", 1, vocab_size=vocab_size)).save_pretrained(target)
+    _forgetful(_perturbed(_model("llama", 1, vocab_size=vocab_size), 2)).save_pretrained(near)
+    _save_adapter(target, "a2", 12, adapter)
+    _save_adapter(near, "a2", 112, adapter / "draft")
+    return Zoo(target, {"near": near}, {"near": {"a2": adapter}})
