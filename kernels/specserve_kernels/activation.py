@@ -12,7 +12,8 @@ from specserve_kernels.dispatch import backend
 
 
 def silu_mul_ref(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
+    size = gate_up.shape[-1] // 2
+    gate, up = gate_up.split_with_sizes((size, size), -1)
     return F.silu(gate).mul_(up)
 
 
