@@ -1,0 +1,108 @@
+"""Law: the target as its own draft, each adapter its own companion, has every draft accepted.
+
+One stale or missing entry in the draft's KV cache and some draft differs; so this is what holds the bookkeeping: two
+tokens at the start of each round, catching up after rounds without drafts, preemption, prefix hits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+from msgspec.structs import replace as with_fields
+
+from lawbook.cases import DEPTHS, FAMILIES, Case, over
+from lawbook.engines import open_engine, requests, run, run_steps
+from lawbook.mixes import Ask, asks, prompt, speculating
+from lawbook.zoo import Zoo
+from specserve.core.sampling_params import SamplingParams
+from specserve.llm import LLM
+
+NUM_NEW = 200
+METHODS = ("greedy-rejection", "sampled-rejection", "sampled-coupled")
+
+Open = Callable[..., LLM]
+
+
+@pytest.fixture
+def open_self(zoo: Callable[[str], Zoo]) -> Iterator[Open]:
+    opened: list[LLM] = []
+
+    def open_self(family: str, depth: int, **fields: object) -> LLM:
+        opened.append(open_engine(zoo(family), draft="self", pipeline_depth=depth, max_loras=6, **fields))
+        return opened[-1]
+
+    yield open_self
+    for llm in opened:
+        llm.engine.close()
+
+
+def batch_of(family: str, mode: str, mix: str, length: int | None = None) -> list[Ask]:
+    """Requests that run to their 200 tokens and draft four a step."""
+    batch = asks(mix, sampled=mode.startswith("sampled"), num_new=NUM_NEW, length=length)
+    batch = [replace(ask, params=with_fields(ask.params, ignore_eos=True, stop_token_ids=())) for ask in batch]
+    return speculating(batch, Case(family, "near_draft", mode, 1, mix), num_drafts=4)
+
+
+def _shorter(params: SamplingParams, num_drafts: int) -> SamplingParams:
+    speculation = with_fields(params.speculation, num_draft_tokens=num_drafts)
+    return with_fields(params, max_tokens=20, speculation=speculation)
+
+
+def check_all_accepted(llm: LLM, num_requests: int) -> None:
+    stats = llm.engine.stats()
+    assert stats.generation_tokens == num_requests * NUM_NEW
+    assert stats.num_accepted_tokens == stats.num_draft_tokens
+    assert stats.num_draft_tokens > num_requests * NUM_NEW / 2
+
+
+@over(family=FAMILIES, mode=METHODS, depth=DEPTHS, mix=("distinct", "scaled", "summed"))
+def test_all_accepted(family: str, mode: str, depth: int, mix: str, open_self: Open) -> None:
+    llm = open_self(family, depth)
+    batch = batch_of(family, mode, mix)
+    run(llm, batch)
+    check_all_accepted(llm, len(batch))
+
+
+@over(family=FAMILIES, mode=METHODS, depth=DEPTHS)
+def test_all_accepted_after_preemption(family: str, mode: str, depth: int, open_self: Open) -> None:
+    llm = open_self(family, depth, max_model_len=256, num_blocks=60)
+    batch = batch_of(family, mode, "distinct")
+    run(llm, batch)
+    assert llm.engine.stats().preemptions > 0
+    check_all_accepted(llm, len(batch))
+
+
+@over(family=FAMILIES, mode=METHODS, depth=DEPTHS, first_drafts=(0, 4))
+def test_all_accepted_after_a_prefix_hit(
+    family: str, mode: str, depth: int, first_drafts: int, open_self: Open
+) -> None:
+    """The cached blocks were filled with and without the draft's KV (`first_drafts`)."""
+    llm = open_self(family, depth)
+    batch = batch_of(family, mode, "distinct")
+    batch = [replace(ask, prompt=prompt(80 + index, 48)) for index, ask in enumerate(batch)]
+    first = [replace(ask, params=_shorter(ask.params, first_drafts)) for ask in batch]
+    run(llm, first)
+    before = llm.engine.stats()
+    outputs = run(llm, batch)
+    assert all(output.cached_tokens >= 40 for output in outputs)
+    after = llm.engine.stats()
+    drafted = after.num_draft_tokens - before.num_draft_tokens
+    assert drafted > len(batch) * NUM_NEW / 2
+    assert after.num_accepted_tokens - before.num_accepted_tokens == drafted
+
+
+@over(family=FAMILIES, mode=METHODS, depth=DEPTHS)
+def test_all_accepted_after_a_pause(family: str, mode: str, depth: int, open_self: Open) -> None:
+    """The number of drafts goes 4 → 0 → 4 twice, at other steps for each request."""
+    llm = open_self(family, depth)
+    batch = batch_of(family, mode, "distinct")
+
+    def pause(step: int) -> None:
+        for request in llm.engine.scheduler.requests.values():
+            phase = step + int(request.request_id)
+            request.num_draft_tokens = 0 if phase % 18 in range(9, 16) else 4
+
+    run_steps(llm, requests(batch), between=pause)
+    check_all_accepted(llm, len(batch))
