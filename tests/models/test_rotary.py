@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from specserve_kernels.tolerances import OP
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specserve.core.errors import ModelLoadError
 from specserve.layers.rotary import Rotary, frequencies
 from specserve.models.hf_config import rope_parameters
+from specserve_kernels.tolerances import OP
 
 SCALINGS: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 3.0},
