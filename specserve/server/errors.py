@@ -100,7 +100,7 @@ async def read_body(request: web.Request, kind: type[T]) -> T:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"{error}.", param=_field_of(str(error))) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequestError(f"The body is no valid JSON: {error}.") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +16,14 @@ def test_our_modules_import_no_torch(module: str) -> None:
     program = f"import sys, {module}; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_tokenizer_works_where_torch_is_missing(tiny: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from specserve.engine.client.tokenizer import Tokenizer\n"
+        f"tokenizer = Tokenizer.load({str(tiny / 'model')!r})\n"
+        "print(tokenizer.decode(tokenizer.encode('the quick brown fox')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "the quick brown fox"
