@@ -9,8 +9,8 @@ from lawbook.engines import Plain, requests, run, run_steps, script_of, tokens
 from lawbook.mixes import asks, speculating
 from specserve.llm import LLM
 
-MAX_MODEL_LEN = 80
-TIGHT = 17  # blocks of 8 tokens: room for about two of the seven requests
+MAX_MODEL_LEN = 64
+TIGHT = 12  # blocks of 8 tokens: two requests find room for their prompts, not for their answers
 
 
 @law_cases()
