@@ -28,7 +28,7 @@ test-slow: $(INSTALLED) ## Run the tests that take more than a few seconds each
 	$(PYTEST) -m 'slow and not gpu and not laws_full'
 
 test-laws: $(INSTALLED) ## Run the full product of every law
-	$(PYTEST) -m laws_full tests/laws
+	$(PYTEST) tests/laws
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
