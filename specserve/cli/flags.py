@@ -45,6 +45,9 @@ SERVER_HELP = {
 }
 
 
+_ANY_INTEGER = ("seed", "port", "max_waiting")
+
+
 def add_flags(parser: argparse._ActionsContainer, kind: type[msgspec.Struct], helps: Mapping[str, str]) -> None:
     """One flag for each field of `kind` that `helps` describes; a flag not given leaves the field's default."""
     hints = get_type_hints(kind)
@@ -81,16 +84,23 @@ def _argument(name: str, hint: Any) -> dict[str, Any]:
         return {"action": "append", "metavar": name.rsplit("_", maxsplit=1)[-1].upper()}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if hint is int and name not in _ANY_INTEGER:
+        return {"type": _positive, "metavar": "N"}
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 def _auto_or_int(text: str) -> int | None:
     if text == "auto":
         return None
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number")
+    return int(text)
 
 
 def name_and_path(text: str) -> tuple[str, str]:

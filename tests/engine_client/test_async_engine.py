@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -29,6 +30,7 @@ from specserve.core.seeds import derive_seed
 from specserve.engine.client.async_engine import AsyncEngine
 from specserve.engine.client.generation import Delta, Generation
 from specserve.engine.client.recorder import FinishedRequest
+from specserve.engine.client.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 PROMPT = [10, 20, 30]
@@ -255,7 +257,6 @@ async def test_killed_engine_is_replaced_and_streams_resume(start: StartEngine, 
                 got[delta.index] += delta.token_ids
                 if len(got[1]) > 10:
                     os.kill(killed, signal.SIGKILL)
-    assert not engine.alive or engine.engine_pid != killed
     points = generation.resume_points
     assert [point.output_ids for point in points] == [got[0], got[1]]
     assert 10 < len(got[1]) < 60
@@ -341,3 +342,24 @@ async def test_unreadable_model_is_the_engines_word(start: StartEngine, tmp_path
 async def test_engine_that_dies_at_the_start(start: StartEngine) -> None:
     with pytest.raises(EngineDeadError, match="ended with status 1 while it started"):
         await start(core="serverkit.fake_core:nothing_of_this_name")
+
+
+class FailingDecoder:
+    """A tokenizer whose decoding breaks on one token."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        assert 99 not in token_ids, "scripted failure"
+        return "x" * len(token_ids)
+
+
+async def test_failure_of_ours_ends_streams_and_is_recovered(start: StartEngine) -> None:
+    """Prompt [5, …, 99] decodes; the echoed 99 does not. No stream may hang on it."""
+    engine = await start()
+    sound, engine.tokenizer = engine.tokenizer, cast(Tokenizer, FailingDecoder())
+    prompt = [99, *range(10, 20)]  # only the last few are decoded as context
+    with pytest.raises(EngineDeadError):
+        await collect(await engine.submit([prompt], GREEDY))
+    engine.tokenizer = sound
+    async with asyncio.timeout(30):
+        await engine.wait_alive()
+    assert (await collect(await engine.submit([PROMPT], GREEDY)))[0] == PROMPT * 2

@@ -68,6 +68,13 @@ def test_no_template() -> None:
         Tokenizer(raw).render_chat([{"role": "user", "content": "x"}], add_generation_prompt=True, template_args={})
 
 
+def test_broken_tokenizer_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": 5}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ModelLoadError, match="tokenizer"):
+        Tokenizer.load(str(tmp_path))
+
+
 def test_unreadable_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="tokenizer"):
         Tokenizer.load(str(tmp_path))

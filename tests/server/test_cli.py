@@ -64,7 +64,17 @@ def test_no_model_is_the_demo() -> None:
     assert server.served_model_name == ("demo",)
 
 
-@pytest.mark.parametrize("args", [["--lora", "a"], ["--num-draft-tokens", "many"], ["--dtype", "int4"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--lora", "a"],
+        ["--num-draft-tokens", "many"],
+        ["--dtype", "int4"],
+        ["--nonsense"],
+        ["--max-num-seqs", "0"],
+        ["--block-size", "-1"],
+    ],
+)
 def test_bad_flags_exit_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         parse("m", *args)

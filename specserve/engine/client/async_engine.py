@@ -74,7 +74,7 @@ class AsyncEngine:
     async def close(self) -> None:
         """End the engine process; what still runs ends with EngineDeadError."""
         await self._supervisor.close()
-        self._on_death()
+        self._fail_live("The server is shutting down.")
         self._threads.shutdown(wait=False)
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -274,9 +274,13 @@ class AsyncEngine:
         generation.put(delta)
 
     def _on_death(self) -> None:
+        self.stats = EngineStats()  # nothing runs, and the next engine counts from 0
+        self._fail_live("The engine died; it is being restarted. Resume through output_ids.")
+
+    def _fail_live(self, message: str) -> None:
         for sequence, generation in list(self._live.values()):
             self._end(sequence, "error")
-            generation.put(EngineDeadError("The engine died; it is being restarted. Resume through output_ids."))
+            generation.put(EngineDeadError(message))
 
     def _note_tokens(self, sequence: Sequence, output: RequestOutput) -> None:
         now, times = time.monotonic(), sequence.times

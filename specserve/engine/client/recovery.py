@@ -153,7 +153,11 @@ class Supervisor:
         started = time.monotonic()
         reader = asyncio.create_task(self._read(link))
         while True:
-            await reader
+            try:
+                await reader
+            except Exception:
+                # Ours to mend; but streams must end with an error event rather than hang, as after a death.
+                logger.exception("What the engine said could not be taken in.")
             self._alive.clear()
             self._on_death()
             await link.close(timeout=1.0)
@@ -165,12 +169,14 @@ class Supervisor:
 
     async def _read(self, link: EngineLink) -> None:
         """Pass on what an engine says, until it dies."""
-        async for message in link.messages():
-            if isinstance(message, StepOutputs):
-                self._on_outputs(message)
-            elif isinstance(message, Reply):
-                self._answer(message)
-        self._fail_calls()
+        try:
+            async for message in link.messages():
+                if isinstance(message, StepOutputs):
+                    self._on_outputs(message)
+                elif isinstance(message, Reply):
+                    self._answer(message)
+        finally:
+            self._fail_calls()
 
     def _answer(self, reply: Reply) -> None:
         call, future = self._calls.pop(reply.call_id)
@@ -194,8 +200,8 @@ class Supervisor:
             self._pause = min(2 * self._pause, MAX_BACKOFF)
             try:
                 self._link = await launch(config, self._core)
-            except SpecserveError as error:
-                logger.error("The engine could not be restarted: %s", error.message)
+            except (SpecserveError, OSError) as error:
+                logger.error("The engine could not be restarted: %s", error)
                 continue
             reader = asyncio.create_task(self._read(self._link))
             if await self._replay(self._link):

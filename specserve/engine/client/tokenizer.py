@@ -52,7 +52,7 @@ class Tokenizer:
 
         try:
             return cls(AutoTokenizer.from_pretrained(model))
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        except Exception as error:  # tokenizers raises bare Exceptions, and a missing package an ImportError
             reason = str(error).strip().split("\n")[0]
             raise ModelLoadError(f"The tokenizer of {model!r} cannot be read: {reason}") from error
 
