@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from demo_training import card, stages
+from demo_training.run import Run
 from demo_training.settings import Settings, tiny
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
     settings = tiny(Settings()) if options.tiny else Settings()
-    run = stages.Run(options.out, options.work or options.out / "work", settings, device, options.tiny)
+    run = Run(options.out, options.work or options.out / "work", settings, device, options.tiny)
     for folder in (run.out, run.work):
         folder.mkdir(parents=True, exist_ok=True)
     for name, stage in every_stage.items():
@@ -40,7 +41,7 @@ def main() -> None:
             return
 
 
-def _note_machine(run: stages.Run) -> None:
+def _note_machine(run: Run) -> None:
     """Keep what the model card says about where and when the target was trained."""
     path = run.work / "machine.json"
     if not path.exists():

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from .measure import PROMPT_LENGTHS
+from .run import Run
 from .settings import ADAPTERS, BASE_MIXTURE, AdapterPlan, Budget
 from .sources import PACKAGES
-from .stages import SAMPLE_REQUESTS, Run
+from .stages import SAMPLE_REQUESTS
 from .store import load_model
 
 Rows = list[list[object]]
@@ -24,8 +25,8 @@ def write(run: Run) -> None:
 _INPUTS = ("corpus", "drafts", "times", "machine", "measurements")
 
 
-def _table(head: list[str], rows: Rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def _table(head: list[object], rows: Rows) -> str:
+    lines: Rows = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
@@ -125,7 +126,7 @@ def _losses(loss: dict[str, dict[str, float]]) -> str:
             cell = f"{loss[plan.name][domain]:.3f}"
             cells.append(f"**{cell}** ({loss[plan.name][domain] / base - 1:+.1%})" if plan.name == own else cell)
         rows.append([domain, *cells])
-    names = [f"+ {plan.name}" for plan in ADAPTERS]
+    names: list[object] = [f"+ {plan.name}" for plan in ADAPTERS]
     return f"""## Held-out loss
 
 Nats a token on held-out files; the stored float16 weights, computed in float32. Bold: the adapter's own domain.
@@ -137,7 +138,7 @@ def _acceptance(run: Run, acceptance: dict[str, dict[str, Any]]) -> str:
     rows = [_acceptance_row(None, acceptance["base"])]
     rows += [_acceptance_row(plan, acceptance[plan.name]) for plan in ADAPTERS]
     prompts = acceptance["base"]["base draft"]["prompts"]
-    head = ["target", "prompts from", "first token, base draft", "first token, companion"]
+    head: list[object] = ["target", "prompts from", "first token, base draft", "first token, companion"]
     head += ["tokens a round, base draft", "tokens a round, companion", "distinct 4-grams"]
     return f"""## Draft acceptance
 

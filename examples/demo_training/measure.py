@@ -28,7 +28,7 @@ class Acceptance:
 def loss(model: nn.Module, windows: torch.Tensor) -> float:
     """Mean next-token cross-entropy in nats over windows [rows, length]."""
     total = 0.0
-    for ids in windows.split(16):
+    for ids in torch.split(windows, 16):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         total += F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").item()
     return total / windows[:, 1:].numel()

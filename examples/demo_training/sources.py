@@ -24,11 +24,12 @@ class Package:
 
 
 def _wheels(licence: str, *specs: str) -> list[Package]:
-    return [Package(*spec.split("=="), licence, ("python",)) for spec in specs]  # type: ignore[arg-type]
+    return [Package(name, version, licence, ("python",)) for name, version in (spec.split("==") for spec in specs)]
 
 
 def _npm(licence: str, domain: str, *specs: str) -> list[Package]:
-    return [Package(*spec.rsplit("@", 1), licence, (domain,), registry="npm") for spec in specs]  # type: ignore[arg-type]
+    split = (spec.rsplit("@", 1) for spec in specs)  # a scoped name has an @ of its own
+    return [Package(name, version, licence, (domain,), registry="npm") for name, version in split]
 
 
 PACKAGES: tuple[Package, ...] = (

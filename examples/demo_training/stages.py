@@ -2,11 +2,8 @@
 
 import copy
 import json
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -15,32 +12,14 @@ from transformers import LlamaForCausalLM
 from . import corpus, measure, store, tokens
 from .data import Mixture, Windows
 from .generation import generate
-from .settings import ADAPTERS, BASE_MIXTURE, AdapterPlan, Settings, llama
+from .run import Run, timed
+from .settings import ADAPTERS, BASE_MIXTURE, AdapterPlan, llama
 from .sources import DOMAINS
 from .training import distillation_loss, fit, next_token_loss
 
 #: Held-out prompts of the base model's acceptance, and the training prompts that its draft's text starts from.
 BASE_PROMPTS = {"python.text": 0.70, "english.text": 0.16, "python.chat": 0.14}
 DRAFT_PROMPTS = BASE_MIXTURE | {"python.chat": 0.12}
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run keeps its things. `work` holds what only training needs; `out` what is shipped."""
-
-    out: Path
-    work: Path
-    settings: Settings
-    device: str
-    tiny: bool
-
-    def adapter_folder(self, plan: AdapterPlan) -> Path:
-        """Folder of the adapter; its draft companion lies in the subfolder `draft`."""
-        return self.out / plan.bundled_as / plan.name
-
-    def windows(self) -> Windows:
-        """Return the token arrays on the training device."""
-        return Windows(self.work / "tokens.npz", self.device)
 
 
 def prepare(run: Run) -> None:
@@ -125,7 +104,7 @@ def train_draft(run: Run) -> None:
 
 
 def _ends(model: nn.Module) -> list[int]:
-    ends: list[int] = model.config.eos_token_id  # type: ignore[assignment]
+    ends: list[int] = model.config.eos_token_id  # type: ignore[union-attr, assignment]
     return ends
 
 
@@ -216,22 +195,11 @@ def _acceptances(run: Run, target: nn.Module, windows: Windows, plan: AdapterPla
     mixture = {f"{plan.name}.text": 1.0} if plan else BASE_PROMPTS
     texts = measure.written(target, measure.prompts_of(windows, mixture, run.settings.prompts), run.settings.new_tokens)
     companions = {"base draft": None} | ({"companion": run.adapter_folder(plan) / "draft"} if plan else {})
-    found = {}
+    found: dict[str, object] = {}
     for name, folder in companions.items():
         draft = store.load_adapter(run.out / "draft", folder, run.device)
         found[name] = asdict(measure.acceptance(draft, texts, run.settings.new_tokens, _ends(target)))
     return found
-
-
-@contextmanager
-def timed(run: Run, stage: str) -> Iterator[dict[str, float]]:
-    """Add the seconds that `stage` takes, and what it notes in the yielded dict, to `times.json`."""
-    began, note = time.monotonic(), dict[str, float]()
-    yield note
-    path = run.work / "times.json"
-    times = json.loads(path.read_text()) if path.exists() else {}
-    entry = {"seconds": round(time.monotonic() - began, 1)} | note
-    path.write_text(json.dumps(times | {stage: entry}, indent=1))
 
 
 def train_adapters(run: Run) -> None:

@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def new_adapter(model: LlamaForCausalLM, rank: int, rslora: bool) -> PeftModel:
     """Put a fresh LoRA on all seven linears of `model`; the base weights are frozen."""
-    alpha = 16 if rslora else 2 * rank  # rsLoRA divides by sqrt(rank): this keeps both scales near each other
+    alpha = 16 if rslora else 2 * rank  # rsLoRA divides by sqrt(rank), not by rank
     config = LoraConfig(
         r=rank, lora_alpha=alpha, use_rslora=rslora, target_modules=list(TARGET_MODULES), task_type="CAUSAL_LM"
     )
@@ -63,4 +63,5 @@ def save_adapter(model: PeftModel, folder: Path, base: str) -> None:
 def load_adapter(model_folder: Path, adapter: Path | None, device: str) -> torch.nn.Module:
     """Load a stored model, and on it a stored adapter if one is given."""
     model = load_model(model_folder, device)
-    return PeftModel.from_pretrained(model, str(adapter)).to(device).eval() if adapter else model
+    adapted: torch.nn.Module = PeftModel.from_pretrained(model, str(adapter)) if adapter else model
+    return adapted.to(device).eval()
