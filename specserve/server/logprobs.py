@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from specserve.core.messages import TokenLogprobs
 from specserve.engine.client.generation import Delta
 from specserve.engine.client.tokenizer import Tokenizer
+
+# What OpenAI's API and vLLM write for a probability of 0, since JSON has no infinity.
+LOWEST: Final = -9999.0
 
 
 def completion_logprobs(tokenizer: Tokenizer, delta: Delta) -> dict[str, Any] | None:
@@ -15,7 +18,7 @@ def completion_logprobs(tokenizer: Tokenizer, delta: Delta) -> dict[str, Any] | 
         return None
     return {
         "tokens": [tokenizer.token_text(entry.token_id) for entry in delta.logprobs],
-        "token_logprobs": [entry.logprob for entry in delta.logprobs],
+        "token_logprobs": [max(entry.logprob, LOWEST) for entry in delta.logprobs],
         "top_logprobs": [_top(tokenizer, entry) for entry in delta.logprobs],
         "text_offset": delta.offsets,
     }
@@ -23,8 +26,8 @@ def completion_logprobs(tokenizer: Tokenizer, delta: Delta) -> dict[str, Any] | 
 
 def _top(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, float]:
     """The alternatives and, as in OpenAI's API, the chosen token, also where it is none of the top."""
-    top = {tokenizer.token_text(token): logprob for token, logprob in entry.top}
-    top.setdefault(tokenizer.token_text(entry.token_id), entry.logprob)
+    top = {tokenizer.token_text(token): max(logprob, LOWEST) for token, logprob in entry.top}
+    top.setdefault(tokenizer.token_text(entry.token_id), max(entry.logprob, LOWEST))
     return top
 
 
@@ -45,6 +48,6 @@ def chat_logprobs(tokenizer: Tokenizer, delta: Delta) -> dict[str, Any] | None:
 def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": tokenizer.token_text(token_id),
-        "logprob": logprob,
+        "logprob": max(logprob, LOWEST),
         "bytes": list(tokenizer.token_bytes(token_id)),
     }

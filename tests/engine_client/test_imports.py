@@ -18,6 +18,18 @@ def test_our_modules_import_no_torch(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
+def test_no_cuda_context_even_where_the_tokenizer_brings_torch(tiny: Path) -> None:
+    program = (
+        "import sys\n"
+        "from specserve.engine.client.tokenizer import Tokenizer\n"
+        f"Tokenizer.load({str(tiny / 'model')!r}).encode('the')\n"
+        "print('torch' in sys.modules and sys.modules['torch'].cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_the_tokenizer_works_where_torch_is_missing(tiny: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"

@@ -82,7 +82,7 @@ def test_a_client_that_leaves_aborts(slow_server: Server, stream: bool) -> None:
 
 
 def test_sigterm_drains(mortal_server: Server) -> None:
-    sock = open_stream(mortal_server, 200, stream=True)
+    sock = open_stream(mortal_server, 300, stream=True)
     wait_until(lambda: running(mortal_server) == 1, "the request runs")
     mortal_server.process.send_signal(signal.SIGTERM)
     wait_until(lambda: mortal_server.request("GET", "/ready")[0] == 503, "/ready says that it drains")

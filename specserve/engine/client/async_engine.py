@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +25,9 @@ from specserve.core.messages import (
 )
 from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
-from specserve.engine.client.detokenizer import Detokenizer
-from specserve.engine.client.generation import Delta, Generation, Sequence, wire_error
+from specserve.engine.client.generation import Delta, Generation, Sequence, begin_sequence, wire_error
 from specserve.engine.client.launch import ENGINE_CORE
-from specserve.engine.client.recorder import NoRecorder, Recorder, account
+from specserve.engine.client.recorder import NoRecorder, Recorder, account, note_tokens
 from specserve.engine.client.recovery import AdapterBook, AdapterCall, Supervisor
 from specserve.engine.client.seeds import SeedSource
 from specserve.engine.client.tokenizer import Tokenizer
@@ -152,7 +150,7 @@ class AsyncEngine:
                     output_ids=list(output_ids),
                     cache_salt=cache_salt,
                 )
-                sequences.append(self._sequence(len(sequences), number, request))
+                sequences.append(begin_sequence(self.tokenizer, len(sequences), number, request))
         return self._launch(sequences)
 
     async def generate(
@@ -180,7 +178,8 @@ class AsyncEngine:
         points = {point.index: point for point in generation.resume_points}
         return self._launch(
             [
-                self._sequence(
+                begin_sequence(
+                    self.tokenizer,
                     old.index,
                     old.prompt,
                     msgspec.structs.replace(
@@ -200,29 +199,6 @@ class AsyncEngine:
             raise OverloadedError(
                 f"{len(self._live)} sequences are running or waiting; at most {limit} may. Try later."
             )
-
-    def _sequence(self, index: int, prompt: int, request: AddRequest) -> Sequence:
-        params = request.params
-        detokenizer = Detokenizer(
-            self.tokenizer,
-            params.stop,
-            context=request.prompt_ids,
-            include_stop=params.include_stop_str_in_output,
-            min_tokens=params.min_tokens,
-        )
-        detokenizer.push(request.output_ids)
-        if detokenizer.stop is not None:
-            raise InvalidRequestError(
-                f"output_ids already holds the stop string {detokenizer.stop!r}.", param="output_ids"
-            )
-        return Sequence(
-            index,
-            prompt,
-            request,
-            detokenizer,
-            text_base=detokenizer.num_characters,
-            output_ids=list(request.output_ids),
-        )
 
     def _launch(self, sequences: list[Sequence]) -> Generation:
         generation = Generation(sequences, self._abort)
@@ -268,7 +244,7 @@ class AsyncEngine:
             return
         delta = sequence.take(output)
         if delta.token_ids:
-            self._note_tokens(sequence, output)
+            note_tokens(self._recorder, sequence, output.queue_seconds)
         if delta.finish_reason is not None:
             self._end(sequence, delta.finish_reason)
         generation.put(delta)
@@ -281,16 +257,6 @@ class AsyncEngine:
         for sequence, generation in list(self._live.values()):
             self._end(sequence, "error")
             generation.put(EngineDeadError(message))
-
-    def _note_tokens(self, sequence: Sequence, output: RequestOutput) -> None:
-        now, times = time.monotonic(), sequence.times
-        if times.last_token is None:
-            times.first_token = now
-            times.queued = output.queue_seconds
-            self._recorder.first_token(now - times.arrival)
-        else:
-            self._recorder.inter_token(now - times.last_token)
-        times.last_token = now
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         """Forget a sequence, once, however it ended."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from specserve.core.errors import BY_CODE, SpecserveError
+from specserve.core.errors import BY_CODE, InvalidRequestError, SpecserveError
 from specserve.core.messages import (
     AddRequest,
     ErrorInfo,
@@ -18,6 +18,7 @@ from specserve.core.messages import (
     TokenLogprobs,
 )
 from specserve.engine.client.detokenizer import Detokenizer
+from specserve.engine.client.tokenizer import Decoder
 
 
 @dataclass(slots=True)
@@ -103,6 +104,23 @@ class Sequence:
             finish_reason=self.finish_reason,
             stop_reason=piece.stop if piece.stop is not None else output.stop_token_id,
         )
+
+
+def begin_sequence(tokenizer: Decoder, index: int, prompt: int, request: AddRequest) -> Sequence:
+    """A sequence as it starts, or goes on after `request.output_ids`; raises InvalidRequestError if these ended it."""
+    params = request.params
+    detokenizer = Detokenizer(
+        tokenizer,
+        params.stop,
+        context=request.prompt_ids,
+        include_stop=params.include_stop_str_in_output,
+        min_tokens=params.min_tokens,
+    )
+    detokenizer.push(request.output_ids)
+    if detokenizer.stop is not None:
+        raise InvalidRequestError(f"output_ids already holds the stop string {detokenizer.stop!r}.", param="output_ids")
+    text_base = detokenizer.num_characters
+    return Sequence(index, prompt, request, detokenizer, text_base, output_ids=list(request.output_ids))
 
 
 def wire_error(info: ErrorInfo) -> SpecserveError:

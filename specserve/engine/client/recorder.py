@@ -49,6 +49,17 @@ class NoRecorder:
         pass
 
 
+def note_tokens(recorder: Recorder, sequence: Sequence, queued: float | None) -> None:
+    """A step brought a sequence tokens now; `queued`: the seconds that the engine says it waited."""
+    now, times = time.monotonic(), sequence.times
+    if times.last_token is None:
+        times.first_token, times.queued = now, queued
+        recorder.first_token(now - times.arrival)
+    else:
+        recorder.inter_token(now - times.last_token)
+    times.last_token = now
+
+
 def account(sequence: Sequence, reason: FinishReason) -> FinishedRequest:
     """A sequence's account as it ends now."""
     times = sequence.times
