@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from specserve.core.errors import InvalidRequestError
+
 DEMO_ROOT = Path(__file__).parent / "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+MAX_DRAFTS = 64  # a step and request
+MAX_DEPTH = 2  # steps in flight
+MAX_BLOCK_SIZE = 1024
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +45,53 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_adapters_per_request: int = 4
     loras: tuple[tuple[str, str], ...] = ()  # (name, path) registered at start
     check_integrity: bool = False  # after every step, in tests
+
+    def validate(self) -> None:
+        """Raise InvalidRequestError naming the first flag that is of the wrong type or out of range."""
+        _check_types(self)
+        for field, low, high in (
+            ("num_draft_tokens", 0, MAX_DRAFTS),
+            ("seed", -(2**63), 2**63 - 1),
+            ("block_size", 1, MAX_BLOCK_SIZE),
+            ("num_blocks", 2, None),
+            ("kv_cache_bytes", 1, None),
+            ("max_model_len", 2, None),
+            ("max_num_seqs", 1, None),
+            ("max_num_batched_tokens", 1, None),
+            ("max_waiting", 0, None),
+            ("pipeline_depth", 1, MAX_DEPTH),
+            ("max_loras", 0, None),
+            ("max_lora_rank", 1, None),
+            ("max_host_lora_bytes", 0, None),
+            ("max_adapters_per_request", 1, None),
+        ):
+            value = getattr(self, field)
+            if value is not None and (value < low or (high is not None and value > high)):
+                want = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise _refused(field, f"must be {want}, got {value}.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise _refused("gpu_memory_utilization", f"must be in (0, 1], got {self.gpu_memory_utilization}.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise _refused(
+                "max_num_batched_tokens",
+                f"({self.max_num_batched_tokens}) must not be below --max-num-seqs ({self.max_num_seqs}): every "
+                "running sequence takes at least one token a step.",
+            )
+
+
+def _check_types(config: EngineConfig) -> None:
+    """msgspec checks types where it decodes, not where Python constructs."""
+    try:
+        msgspec.convert(msgspec.structs.asdict(config), EngineConfig)
+    except msgspec.ValidationError as error:
+        found = re.search(r"`\$\.(\w+)", str(error))
+        assert found is not None, error
+        raise _refused(found[1], f"is {getattr(config, found[1])!r}: {str(error).split(' - at ')[0]}.") from error
+
+
+def _refused(field: str, reason: str) -> InvalidRequestError:
+    flag = "--lora" if field == "loras" else "--" + field.replace("_", "-")
+    return InvalidRequestError(f"{flag} {reason}", param=field)
 
 
 def resolve_demo(config: EngineConfig) -> EngineConfig:

@@ -113,6 +113,9 @@ class LLM:
         many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         all_params = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
         loras = lora if isinstance(lora, list) else [lora] * len(many)
+        for field, values in (("params", all_params), ("lora", loras)):
+            if len(values) != len(many):
+                raise InvalidRequestError(f"{field} has {len(values)} entries for {len(many)} prompts.", param=field)
         running: dict[str, _Running] = {}
         try:
             for prompt, own, refs in zip(many, all_params, loras, strict=True):
@@ -159,10 +162,11 @@ class LLM:
         while self.engine.has_work():
             self.engine.poll_replies()
             for part in self.engine.step():
+                if part.request_id not in running:
+                    continue  # aborted, when an earlier call raised
                 if part.error is not None:
                     raise wire_error(part.error)
-                if part.request_id in running:
-                    self._merge(running[part.request_id], part)
+                self._merge(running[part.request_id], part)
 
     def _merge(self, one: _Running, part: RequestOutput) -> None:
         output, kept = one.output, len(part.token_ids)

@@ -43,6 +43,8 @@ class Attention:
         tokens = x.shape[0]
         rotated = self._heads + self._kv_heads
         heads = self._qkv.forward(x, ctx).view(tokens, rotated + self._kv_heads, self._head_dim)
+        if ctx.lora is not None:  # an adapter may overflow; what is not finite would outlive its request in the cache
+            heads.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         qk, v = heads.split_with_sizes((rotated, self._kv_heads), 1)
         if self._norm is not None:
             qk = self._norm.forward(qk)

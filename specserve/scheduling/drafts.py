@@ -35,15 +35,15 @@ def draft_gap(request: Request) -> int:
     return max(0, known - DRAFT_LAG - request.num_draft_scheduled_tokens)
 
 
-def choose_drafts(request: Request, budget: int, *, draft_kv: bool) -> DraftChoice:
-    """Drafts for a decode row that may use `budget` tokens, its own input token included.
+def choose_drafts(request: Request, spare: int, *, draft_kv: bool) -> DraftChoice:
+    """Drafts for a decode row, which with its draft prefill may take `spare` tokens beside the row's own.
 
     Nothing is drafted that could not be emitted, and drafting waits until the draft's KV is caught up.
     """
     wanted = min(request.num_draft_tokens, request.tokens_left - 1)
-    if wanted <= 0 or budget <= 1:
+    if wanted <= 0 or spare <= 0:
         return NO_DRAFTS
     gap = draft_gap(request) if draft_kv else 0
-    if gap >= budget - 1:
-        return DraftChoice(0, budget - 1)
-    return DraftChoice(min(wanted, budget - 1 - gap), gap)
+    if gap >= spare:
+        return DraftChoice(0, spare)
+    return DraftChoice(min(wanted, spare - gap), gap)

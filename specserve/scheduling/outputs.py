@@ -18,7 +18,10 @@ def stop_reason(request: Request, token: int) -> FinishReason | None:
 
 def accept_tokens(request: Request, result: RowResult) -> RequestOutput:
     """Append a step's tokens up to the first stop. A stop token itself is reported, not emitted."""
-    output = RequestOutput(request_id=request.request_id, cached_tokens=request.cached_tokens)
+    output = RequestOutput(
+        request_id=request.request_id, cached_tokens=request.cached_tokens, queue_seconds=request.queue_seconds
+    )
+    request.queue_seconds = None
     for token in result.token_ids:
         output.finish_reason = stop_reason(request, token)
         if output.finish_reason == "stop":

@@ -52,6 +52,8 @@ class Request:
     num_in_flight: int = 0
     num_in_flight_sampling: int = 0
     in_flight_bound: int = 0
+    queued_at: float = 0.0  # when it was added; seconds of the scheduler's clock
+    queue_seconds: float | None = None  # from then to its first step, until an output has said so
     stats: SpeculationStats = field(default_factory=SpeculationStats)
 
     @property

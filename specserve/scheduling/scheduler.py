@@ -6,8 +6,9 @@ difference under one token budget. A decode is 1 token, a verification 1+k, a pr
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -46,9 +47,10 @@ class InFlightRow(NamedTuple):
 
 @dataclass(slots=True)
 class _Draft:
-    """A plan in the making. `budget`: tokens left."""
+    """A plan in the making. `budget`: tokens left; `spare`: how many of them drafts and draft prefill may take."""
 
     budget: int
+    spare: int
     decodes: list[InFlightRow] = field(default_factory=list)
     prefills: list[InFlightRow] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
@@ -81,11 +83,13 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         draft_kv: Mapping[str, bool],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.kv = kv
         self.adapters = adapters
         self.max_num_batched_tokens = max_num_batched_tokens
         self.draft_kv = draft_kv
+        self.clock = clock
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.requests: dict[str, Request] = {}
@@ -99,6 +103,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; it takes its references on adapters now. Raises NotFoundError for an unknown adapter."""
         request.adapter_uses = self.adapters.acquire(request.lora)
+        request.queued_at = self.clock()
         self.requests[request.request_id] = request
         self.waiting.append(request)
 
@@ -116,7 +121,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step's plan; empty when nothing can run now."""
-        draft = _Draft(self.max_num_batched_tokens)
+        draft = _Draft(self.max_num_batched_tokens, self._spare_tokens())
         for request in list(self.running):
             if request.status is Status.RUNNING:
                 self._plan_prefill(request, draft) if request.prefilling else self._plan_decode(request, draft)
@@ -133,11 +138,17 @@ class Scheduler:
             adapter_loads=draft.loads,
         )
 
+    def _spare_tokens(self) -> int:
+        """What drafting may take: each decode row keeps its token, and a prompt that could run now half of the rest."""
+        prefilling = sum(request.prefilling for request in self.running)
+        rest = max(0, self.max_num_batched_tokens - len(self.running) + prefilling)
+        return rest // 2 if prefilling or (self.waiting and self.free_rows) else rest
+
     def _plan_decode(self, request: Request, draft: _Draft) -> None:
         if request.tokens_left <= 0 or draft.budget < 1:
             return
         draft_kv = request.proposer is not None and self.draft_kv[request.proposer]
-        drafts, catch_up = choose_drafts(request, draft.budget, draft_kv=draft_kv)
+        drafts, catch_up = choose_drafts(request, draft.spare, draft_kv=draft_kv)
         bound = min(request.num_tokens + request.in_flight_bound + drafts, request.max_total)
         if not self._grow(request, bound, draft):
             return
@@ -149,6 +160,7 @@ class Scheduler:
         )  # fmt: skip
         request.num_draft_scheduled_tokens += catch_up
         draft.budget -= 1 + drafts + catch_up
+        draft.spare -= drafts + catch_up
         draft.decodes.append(self._submit(request, row))
 
     def _plan_prefill(self, request: Request, draft: _Draft) -> None:
@@ -238,6 +250,7 @@ class Scheduler:
         request.row = self.free_rows.pop()
         request.prefill_end = request.num_tokens
         if request.epoch == 0:
+            request.queue_seconds = self.clock() - request.queued_at
             request.cached_tokens = min(request.num_computed_tokens, request.prompt_len)
             self.stats.prompt_tokens += request.prompt_len
         draft.new_rows.append(

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from specserve.config import Dtype, EngineConfig, resolve_demo
+from specserve.config import MAX_DRAFTS, Dtype, EngineConfig, resolve_demo
 from specserve.core.errors import InvalidRequestError, ModelLoadError
 from specserve.device import free_memory, resolve_device
 from specserve.loading import load_model
@@ -20,7 +20,6 @@ from specserve.speculation.proposer import Proposer
 from specserve.speculation.registry import ProposerRegistry
 from specserve_adapters.manager import AdapterManager
 
-MAX_DRAFTS = 64
 AUTO_DRAFTS = 4
 
 
@@ -53,7 +52,9 @@ def resolve_max_model_len(asked: int | None, specs: list[ModelSpec]) -> int:
     """The models' own context, or the asked one if all of them have it."""
     limit = min(spec.max_model_len for spec in specs)
     if asked is not None and asked > limit:
-        raise InvalidRequestError(f"--max-model-len {asked} exceeds the {limit} tokens that the models support.")
+        raise InvalidRequestError(
+            f"--max-model-len {asked} exceeds the {limit} tokens that the models support.", param="max_model_len"
+        )
     return asked or limit
 
 
@@ -69,15 +70,17 @@ def resolve_num_blocks(config: EngineConfig, specs: list[ModelSpec], max_model_l
     if num_blocks < per_sequence + 1:
         raise InvalidRequestError(
             f"The KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of --max-model-len "
-            f"{max_model_len} needs {per_sequence + 1}: lower --max-model-len or give the cache more memory."
+            f"{max_model_len} needs {per_sequence + 1}: lower --max-model-len or give the cache more memory.",
+            param="num_blocks" if config.num_blocks is not None else "max_model_len",
         )
     return num_blocks
 
 
 def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = ()) -> Resolved:
     """Load the models and allocate everything. Raises ModelLoadError or InvalidRequestError."""
+    config.validate()
     config = resolve_demo(config)
-    device = resolve_device(config.device)
+    device = usable_device(config.device)
     target = load_model(config.model, dtype=config.dtype, device=device)
     draft = _load_draft(config, target.spec, device)
     models: list[Model] = [target] if draft is None else [target, draft]
@@ -93,15 +96,36 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = ())
         dtype=torch.float64 if target.spec.dtype == torch.float64 else torch.float32,
     )  # fmt: skip
     runner = ModelRunner(states[0], states[1] if draft else None, rows, proposers, adapters.host, device)
-    default = config.proposer or ("draft_model" if draft is not None else None)
-    if default is not None:
-        proposers.get(default)
     return Resolved(
         spec=target.spec, runner=runner, adapters=adapters, proposers=proposers, device=device, num_blocks=num_blocks,
         max_model_len=max_model_len, pipeline_depth=config.pipeline_depth or (1 if device.type == "cpu" else 2),
-        default_proposer=default,
+        default_proposer=default_proposer(config, proposers),
         default_drafts=AUTO_DRAFTS if config.num_draft_tokens is None else config.num_draft_tokens,
     )  # fmt: skip
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name, tried with an allocation."""
+    try:
+        device = resolve_device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with the device's support
+        reason = str(error).splitlines()[0]
+        raise InvalidRequestError(f"--device {name!r} cannot be used: {reason}", param="device") from error
+    return device
+
+
+def default_proposer(config: EngineConfig, proposers: ProposerRegistry) -> str | None:
+    """Who drafts for requests that name nobody: the proposer that was set, else the draft model if there is one."""
+    if config.proposer is None:
+        return "draft_model" if config.draft_model is not None else None
+    if config.proposer not in proposers.names:
+        hint = "; draft_model needs --draft-model" if config.proposer == "draft_model" else ""
+        raise InvalidRequestError(
+            f"--proposer {config.proposer!r} is not available; choose from {', '.join(proposers.names)}{hint}.",
+            param="proposer",
+        )
+    return config.proposer
 
 
 def _load_draft(config: EngineConfig, target: ModelSpec, device: torch.device) -> Model | None:

@@ -77,15 +77,18 @@ class EngineCore:
     # --- the step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Make one plan, submit it, and commit the oldest step once `depth` of them are on their way."""
+        """Make one plan, submit it, and commit the oldest steps until fewer than `depth` are on their way."""
         plan = self.scheduler.schedule()
         if not plan.empty:
             self._tickets.append(self.executor.submit(plan))
         outputs = self._take_done()
-        if self._tickets and (plan.empty or len(self._tickets) >= self._depth):
-            outputs += self.scheduler.commit(self._tickets.popleft().result())
-        elif plan.empty:
+        if plan.empty and not self._tickets:
             time.sleep(IDLE_SECONDS)
+        most = (
+            0 if plan.empty else self._depth - 1
+        )  # steps that may stay in flight; the depth falls with a host proposer
+        while len(self._tickets) > most:
+            outputs += self.scheduler.commit(self._tickets.popleft().result())
         if self.config.check_integrity:
             self.check_integrity()
         return outputs
@@ -111,16 +114,15 @@ class EngineCore:
         """Queue a request, or raise the SpecserveError that says which field is wrong. Nothing is queued then."""
         if request.request_id in self.scheduler.requests:
             raise InvalidRequestError(f"request_id {request.request_id!r} is already running.", param="request_id")
-        params = self._resolve_params(request.params)
-        token_ids = [*request.prompt_ids, *request.output_ids]
-        self._check_tokens(request.prompt_ids, token_ids)
+        self._check_prompt(request)
         prompt_len = len(request.prompt_ids)
         room = self.built.max_model_len - prompt_len
+        params = self._resolve_params(request.params, room)
         proposer, drafts = self._resolve_speculation(params)
         added = Request(
             request_id=request.request_id,
             prompt_len=prompt_len,
-            token_ids=token_ids,
+            token_ids=[*request.prompt_ids, *request.output_ids],
             params=params,
             seed=request.seed,
             stop_ids=(() if params.ignore_eos else self.built.spec.eos_token_ids) + params.stop_token_ids,
@@ -130,13 +132,15 @@ class EngineCore:
             proposer=proposer,
             num_draft_tokens=drafts,
         )
+        _check_resumable(added)
         if added.num_tokens >= added.max_total:  # resumed at its very end
             self._done.append(RequestOutput(request_id=request.request_id, finish_reason="length"))
             return
         self.scheduler.add(added)
 
-    def _resolve_params(self, params: SamplingParams) -> SamplingParams:
+    def _resolve_params(self, params: SamplingParams, room: int) -> SamplingParams:
         params.validate(self.built.spec.vocab_size)
+        params = replace(params, min_tokens=min(params.min_tokens, room))  # more says no more, and may overflow a row
         method = self.config.speculation_method
         if method == "auto" or params.speculation.method is not None:
             return params
@@ -157,19 +161,21 @@ class EngineCore:
         self.built.proposers.get(proposer)
         return (proposer, drafts) if drafts else (None, 0)
 
-    def _check_tokens(self, prompt_ids: list[int], token_ids: list[int]) -> None:
-        if not prompt_ids:
+    def _check_prompt(self, request: AddRequest) -> None:
+        prompt_len, limit = len(request.prompt_ids), self.built.max_model_len
+        if not prompt_len:
             raise InvalidRequestError("prompt must hold at least one token.", param="prompt")
-        if len(token_ids) >= self.built.max_model_len:
+        if prompt_len >= limit or prompt_len + len(request.output_ids) > limit:
             raise ContextLengthError(
-                f"The prompt has {len(token_ids)} tokens; the context of {self.built.max_model_len} must also hold the "
-                "answer. Shorten the prompt.",
+                f"The prompt has {prompt_len} tokens and {len(request.output_ids)} are resumed; the context of {limit} "
+                "must also hold the answer. Shorten the prompt.",
                 param="prompt",
             )
         vocab = self.built.spec.vocab_size
-        if min(token_ids) < 0 or max(token_ids) >= vocab:
-            bad = next(token for token in token_ids if not 0 <= token < vocab)
-            raise InvalidRequestError(f"prompt holds token {bad}; the vocabulary has {vocab}.", param="prompt")
+        for field, ids in (("prompt", request.prompt_ids), ("output_ids", request.output_ids)):
+            bad = next((token for token in ids if not 0 <= token < vocab), None)
+            if bad is not None:
+                raise InvalidRequestError(f"{field} holds token {bad}; the vocabulary has {vocab}.", param=field)
 
     def _check_lora(self, request: AddRequest) -> tuple[LoraRef, ...]:
         limit = self.config.max_adapters_per_request
@@ -252,6 +258,14 @@ class EngineCore:
     def close(self) -> None:
         """Stop the adapter reader; the engine must not be used after."""
         self.adapters.close()
+
+
+def _check_resumable(request: Request) -> None:
+    """What is resumed cannot have gone on after a stop token."""
+    first = request.prompt_len + request.params.min_tokens
+    stop = next((token for token in request.token_ids[first:] if token in request.stop_ids), None)
+    if stop is not None:
+        raise InvalidRequestError(f"output_ids already holds the stop token {stop}.", param="output_ids")
 
 
 def error_info(error: SpecserveError) -> ErrorInfo:
