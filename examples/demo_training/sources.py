@@ -36,7 +36,7 @@ PACKAGES: tuple[Package, ...] = (
     *_wheels(
         "BSD-3-Clause",
         *("click==8.5.1", "dask==2026.8.0", "distributed==2026.8.0", "flask==3.1.3", "httpx==0.28.1"),
-        *("ipython==9.18.1", "jinja2==3.1.6", "kombu==5.7.0", "networkx==3.6.1", "numpy==2.4.6", "pandas==3.1.1"),
+        *("ipython==9.18.1", "jinja2==3.1.6", "kombu==5.7.0", "networkx==3.6.1", "pandas==3.1.1"),
         *("scikit-learn==1.9.1", "scipy==1.17.1", "starlette==1.10.0", "statsmodels==0.15.0", "sympy==1.14.0"),
         *("werkzeug==3.1.9",),
     ),
@@ -50,6 +50,7 @@ PACKAGES: tuple[Package, ...] = (
         *("botocore==1.44.5", "nltk==3.10.4", "requests==2.34.2", "tornado==6.6.1", "xarray==2026.9.0"),
     ),
     *_wheels("Apache-2.0 AND MIT", "aiohttp==3.14.5"),
+    *_wheels("BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0", "numpy==2.4.6"),
     Package("django", "5.2.19", "BSD-3-Clause", ("python", "english"), sdist=True),
     Package("celery", "5.7.0", "BSD-3-Clause", ("python", "english"), sdist=True),
     Package("sphinx", "9.0.4", "BSD-2-Clause", ("python", "english"), sdist=True),
