@@ -64,16 +64,11 @@ def test_draft_has_the_targets_tokenizer() -> None:
         assert (DEMO / "draft" / file).read_bytes() == (DEMO / "target" / file).read_bytes()
 
 
-def test_bundle_is_small_and_names_no_machine() -> None:
+def test_bundle_is_small_and_names_no_absolute_path() -> None:
     files = [file for file in DEMO.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert sum(file.stat().st_size for file in files) <= 30_000_000
-    for file in files:
-        if file.suffix == ".json" and file.name != "tokenizer.json":
-            assert not {"/tmp", "/root", "/work", "/home"} & {part for part in _path_starts(file.read_text())}, file
-
-
-def _path_starts(text: str) -> list[str]:
-    return ["/" + word.split("/")[1] for word in text.replace('"', " ").split() if word.startswith("/")]
+    configs = [file for file in files if file.suffix == ".json" and file.name != "tokenizer.json"]
+    assert configs and not any('": "/' in file.read_text() for file in configs)
 
 
 @pytest.mark.slow
