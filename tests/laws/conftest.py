@@ -1,8 +1,7 @@
-"""Models and truths, built once a session and worker; and the count of cases that a run has held."""
+"""Models and truths, built once a session and worker."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
@@ -38,10 +37,3 @@ def open_case(zoo: Callable[[str], Zoo]) -> Iterator[Callable[..., LLM]]:
     yield open_case
     for llm in opened:
         llm.engine.close()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many cases of each law were held."""
-    passed = [r.nodeid for r in terminalreporter.getreports("passed") if r.when == "call" and "tests/laws/" in r.nodeid]
-    for law, count in sorted(Counter(nodeid.split("::")[0] for nodeid in passed).items()):
-        terminalreporter.write_line(f"{law}: {count} cases held")
