@@ -96,9 +96,14 @@ def asks(mix: str, *, sampled: bool, length: int | None = None, num_new: int = N
     return batch
 
 
+def proposer_name(proposer: str) -> str:
+    """The engine's name of a case's proposer: draft models differ by their weights alone."""
+    return "draft_model" if proposer.endswith("_draft") else proposer
+
+
 def speculating(batch: list[Ask], case: Case, num_drafts: int | None = None) -> list[Ask]:
     """The same requests with the case's proposer and method, each with its own number of drafts unless told."""
-    proposer = "draft_model" if case.proposer.endswith("_draft") else case.proposer
+    proposer = proposer_name(case.proposer)
     result = []
     for index, ask in enumerate(batch):
         count = DRAFTS_PER_STEP[index % len(DRAFTS_PER_STEP)] if num_drafts is None else num_drafts
