@@ -9,7 +9,6 @@ from itertools import combinations, product
 from lawbook.cases import AXES, FAMILIES, PROPOSERS, pairwise
 from lawbook.mixes import proposer_name
 from lawbook.zoo import Zoo
-
 from specserve.models import registry as models
 from specserve.speculation import registry as proposers
 
