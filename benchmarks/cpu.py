@@ -143,6 +143,7 @@ def main() -> None:
         "threads": args.threads, "torch": torch.__version__, "transformers": transformers.__version__,
         "tokens_per_second": rates, "acceptance": acceptance, "ratios": ratios,
     }  # fmt: skip
+    RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(f"Added to {RESULTS.relative_to(HERE.parent)}.")
