@@ -113,9 +113,9 @@ class LLM:
         many = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         all_params = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(many)
         loras = lora if isinstance(lora, list) else [lora] * len(many)
-        for field, values in (("params", all_params), ("lora", loras)):
+        for name, values in (("params", all_params), ("lora", loras)):
             if len(values) != len(many):
-                raise InvalidRequestError(f"{field} has {len(values)} entries for {len(many)} prompts.", param=field)
+                raise InvalidRequestError(f"{name} has {len(values)} entries for {len(many)} prompts.", param=name)
         running: dict[str, _Running] = {}
         try:
             for prompt, own, refs in zip(many, all_params, loras, strict=True):
