@@ -37,6 +37,7 @@ check: $(INSTALLED) ## Lint, check formatting, types and the layers' import cont
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples benchmarks
 	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## Apply the formatter and the safe lint fixes

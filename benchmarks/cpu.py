@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specserve.config import DEMO_ROOT
 from specserve.core.sampling_params import NO_SPECULATION, SamplingParams, SpeculationParams
-from specserve.llm import LLM
+from specserve.llm import LLM, Lora
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "cpu-demo.jsonl"
@@ -40,10 +40,11 @@ BARS = (  # what, variant, against, at least
 )
 
 
-def prompts() -> tuple[list[list[int]], list[str | None]]:
+def prompts() -> tuple[list[list[int]], list[Lora]]:
     """Eight prompts of 128 token ids, and the adapter of each."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO_ROOT / "target")
-    ids, adapters = [], []
+    ids: list[list[int]] = []
+    adapters: list[Lora] = []
     for path in sorted((HERE / "prompts").glob("*.txt")):
         tokens = tokenizer.encode(path.read_text())[:NUM_TOKENS]
         assert len(tokens) == NUM_TOKENS, f"{path} has only {len(tokens)} tokens"
@@ -64,7 +65,7 @@ def variants(acceptance: dict[str, list[int]]) -> dict[str, Callable[[int], int]
         output = model.generate(torch.tensor(batch), max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0)
         return int(output.shape[0] * (output.shape[1] - NUM_TOKENS))
 
-    def ours(name: str, batch: list[list[int]], lora: list[str | None], speculation: SpeculationParams) -> int:
+    def ours(name: str, batch: list[list[int]], lora: list[Lora], speculation: SpeculationParams) -> int:
         params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, speculation=speculation)
         outputs = llm.generate(batch, params, lora=lora)
         drafted, accepted = acceptance.setdefault(name, [0, 0])

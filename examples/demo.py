@@ -82,7 +82,8 @@ async def ask(http: aiohttp.ClientSession, title: str, message: str, started: as
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    begin, text, usage = time.perf_counter(), "", {}
+    text, usage = "", dict[str, Any]()
+    begin = time.perf_counter()
     async with http.post("/v1/chat/completions", json=body | fields) as response:
         response.raise_for_status()
         async for line in response.content:
