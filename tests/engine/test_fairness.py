@@ -1,0 +1,63 @@
+"""Who gets a step's tokens: nobody's drafts take a neighbour's token or keep a prompt out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from lawbook.fakes import fakes
+from specserve.core.messages import AddRequest
+from specserve.core.sampling_params import NO_SPECULATION, SamplingParams, SpeculationParams
+from specserve.llm import LLM
+
+Open = Callable[..., LLM]
+
+
+def add(llm: LLM, name: str, prompt_len: int, drafts: int, proposer: str, max_tokens: int = 30) -> None:
+    speculation = SpeculationParams(num_draft_tokens=drafts, proposer=proposer) if drafts else NO_SPECULATION
+    params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens, speculation=speculation)
+    prompt = [3 + index % 50 for index in range(prompt_len)]
+    llm.engine.add_request(AddRequest(request_id=name, prompt_ids=prompt, params=params, seed=0))
+
+
+def step_names(llm: LLM) -> set[str]:
+    """Requests that the next step gives tokens to."""
+    return {output.request_id for output in llm.engine.step() if output.token_ids}
+
+
+@pytest.mark.parametrize("budget", [4, 5, 9])
+@pytest.mark.parametrize("proposer", ["random", "draft_model"])
+def test_every_decode_row_moves_every_step(budget: int, proposer: str, open_llm: Open) -> None:
+    """Drafts, and the draft model's catching up on long prompts, leave each row its token."""
+    llm = open_llm(max_num_batched_tokens=budget, proposers=fakes(()))
+    for name in "abcd":
+        add(llm, name, 20, 8, proposer)
+    while len(llm.engine.scheduler.running) < 4 or any(r.prefilling for r in llm.engine.scheduler.running):
+        llm.engine.step()
+    for _ in range(4):
+        assert step_names(llm) == set("abcd")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_prompt_starts_beside_greedy_drafters(depth: int, open_llm: Open) -> None:
+    """Three rows could spend every step's budget on drafts until they end; a prompt must not wait for that."""
+    llm = open_llm(max_num_batched_tokens=12, pipeline_depth=depth, proposers=fakes(()))
+    for name in "abc":
+        add(llm, name, 4, 16, "wrong", max_tokens=40)
+    while len(llm.engine.scheduler.running) < 3:
+        llm.engine.step()
+    add(llm, "late", 16, 0, "wrong", max_tokens=2)
+    seen = [step_names(llm) for _ in range(12)]
+    assert any("late" in names for names in seen)
+    assert all(name in llm.engine.scheduler.requests for name in "abc")
+
+
+def test_drafts_use_the_whole_budget_when_nobody_waits(open_llm: Open) -> None:
+    llm = open_llm(max_num_batched_tokens=20, proposers=fakes(()))
+    add(llm, "a", 4, 16, "wrong", max_tokens=40)
+    for _ in range(3):
+        llm.engine.step()
+    (request,) = llm.engine.scheduler.running
+    assert request.stats.drafted_per_position == [] or len(request.stats.drafted_per_position) == 16
+    assert llm.engine.scheduler.stats.rounds == 2
