@@ -219,6 +219,6 @@ def test_engine_machine(zoo: Zoo, broken: Path, open_llm: Callable[..., LLM], al
     run_state_machine_as_test(
         lambda: EngineMachine(zoo, broken, open_llm, alone),
         settings=settings(
-            max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
