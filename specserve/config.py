@@ -112,6 +112,11 @@ def environment_api_key() -> str | None:
     return os.environ.get("SPECSERVE_API_KEY") or None
 
 
+def environment_threads() -> str | None:
+    """OMP_NUM_THREADS: whoever sets it has chosen the number of threads."""
+    return os.environ.get("OMP_NUM_THREADS") or None
+
+
 def environment_seed() -> int:
     """A 63-bit seed from the system's entropy, for requests that bring none."""
     return int.from_bytes(os.urandom(8), "little") >> 1

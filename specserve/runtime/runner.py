@@ -23,6 +23,9 @@ HostAdapters = Callable[[str], tuple[HostAdapter, HostAdapter | None]]
 """Adapter version → target LoRA and draft companion in the host tier."""
 
 
+PROBE_TOKENS = 5
+
+
 class ModelRunner:
     """One step: apply changes, draft, one forward over prefill chunks, decodes and verifications, verify, commit."""
 
@@ -58,6 +61,14 @@ class ModelRunner:
         verified = self._verify(sampling_rows, logits, drafts)
         self._commit(sampling_rows, verified)
         return self._result(plan, sampling_rows, logits, drafts, verified)
+
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """A verification's forward that changes nothing: row 0, which has no request yet, writes to block 0."""
+        layout = step_layout((PROBE_TOKENS,), self.device)
+        row_index = index_tensor((0,), self.device)
+        hidden = self.target.forward(self.rows, (0,), row_index, layout, layout.offset, (PROBE_TOKENS,))
+        self.target.model.compute_logits(hidden)
 
     def _apply(self, plan: StepPlan) -> None:
         for load in plan.adapter_loads:

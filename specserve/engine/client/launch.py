@@ -18,7 +18,7 @@ from specserve.core.messages import Failed, FromEngine, Ready, Shutdown, ToEngin
 from specserve.engine.client.generation import wire_error
 from specserve.engine.core.framing import HEADER, encode_frame
 
-ENGINE_CORE = "specserve.engine.core.core:EngineCore"
+ENGINE_CORE = "specserve.engine.core.core:make_core"
 _READ_LIMIT = 1 << 24  # bytes buffered before the socket is left to fill
 
 

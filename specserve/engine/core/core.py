@@ -6,9 +6,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+import torch
 from msgspec.structs import replace
 
-from specserve.config import EngineConfig
+from specserve.config import EngineConfig, environment_threads
 from specserve.core.errors import ContextLengthError, InvalidRequestError, SpecserveError
 from specserve.core.messages import (
     AdapterInfo,
@@ -27,6 +28,7 @@ from specserve.core.messages import (
 from specserve.core.sampling_params import SamplingParams
 from specserve.engine.core.build import Resolved, build_engine, dtype_name
 from specserve.runtime.executor import Executor, InlineExecutor, Ticket
+from specserve.runtime.threads import fastest_thread_count
 from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.request import Request
 from specserve.scheduling.scheduler import Scheduler
@@ -84,10 +86,8 @@ class EngineCore:
         outputs = self._take_done()
         if plan.empty and not self._tickets:
             time.sleep(IDLE_SECONDS)
-        most = (
-            0 if plan.empty else self._depth - 1
-        )  # steps that may stay in flight; the depth falls with a host proposer
-        while len(self._tickets) > most:
+        may_stay = 0 if plan.empty else self._depth - 1  # several leave at once when a host proposer comes in
+        while len(self._tickets) > may_stay:
             outputs += self.scheduler.commit(self._tickets.popleft().result())
         if self.config.check_integrity:
             self.check_integrity()
@@ -258,6 +258,14 @@ class EngineCore:
     def close(self) -> None:
         """Stop the adapter reader; the engine must not be used after."""
         self.adapters.close()
+
+
+def make_core(config: EngineConfig) -> EngineCore:
+    """The engine of a process of its own, with as many CPU threads as serve its model best (or OMP_NUM_THREADS)."""
+    core = EngineCore(config)
+    if core.built.device.type == "cpu" and not environment_threads():
+        torch.set_num_threads(fastest_thread_count(core.built.runner.probe, torch.get_num_threads()))
+    return core
 
 
 def _check_resumable(request: Request) -> None:
