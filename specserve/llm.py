@@ -24,7 +24,6 @@ from specserve.core.messages import (
 from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
 from specserve.engine.client.detokenizer import Detokenizer
-from specserve.engine.client.generation import wire_error
 from specserve.engine.client.seeds import SeedSource
 from specserve.engine.client.tokenizer import Tokenizer
 from specserve.engine.core.core import EngineCore
@@ -100,7 +99,7 @@ class LLM:
             self.engine.adapters.wait(0.1)
             reply = next((r for r in self.engine.poll_replies() if r.call_id == call.call_id), None)
         if reply.error is not None:
-            raise wire_error(reply.error)
+            raise reply.error.to_error()
 
     def generate(
         self,
@@ -165,7 +164,7 @@ class LLM:
                 if part.request_id not in running:
                     continue  # aborted, when an earlier call raised
                 if part.error is not None:
-                    raise wire_error(part.error)
+                    raise part.error.to_error()
                 self._merge(running[part.request_id], part)
 
     def _merge(self, one: _Running, part: RequestOutput) -> None:

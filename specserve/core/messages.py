@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from specserve.core.errors import BY_CODE, SpecserveError
 from specserve.core.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -107,6 +108,13 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     code: str
     message: str
     param: str | None = None
+
+    @classmethod
+    def of(cls, error: SpecserveError) -> ErrorInfo:
+        return cls(error.code or error.type, error.message, error.param)
+
+    def to_error(self) -> SpecserveError:
+        return BY_CODE.get(self.code, SpecserveError)(self.message, param=self.param)
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):

@@ -63,6 +63,10 @@ class KVCacheManager:
         self.stats.hits += request.num_computed_tokens
         return True
 
+    def can_grow(self, request: Request, num_tokens: int) -> bool:
+        """Whether the pool has the blocks that `num_tokens` need."""
+        return self.blocks_for(num_tokens) - len(request.block_ids) <= self.pool.num_free
+
     def grow(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks appended so that `num_tokens` fit; None if the pool lacks them (nothing changes)."""
         missing = self.blocks_for(num_tokens) - len(request.block_ids)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from specserve.core.errors import AdapterError
 from specserve.core.messages import ErrorInfo, LoraRef, RequestOutput
-from specserve.core.plan import AdapterLoad, BlockAppend, NewRow, PlanRow, RowResult, StepPlan, StepResult
+from specserve.core.plan import AdapterLoad, NewRow, PlanRow, RowResult, StepPlan, StepResult
 from specserve.scheduling.drafts import choose_drafts
 from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.outputs import accept_tokens, record_speculation
 from specserve.scheduling.prefix_cache import root_hash
 from specserve.scheduling.request import Request, Status
+from specserve.scheduling.stats import SchedulerStats
+from specserve.scheduling.step_draft import InFlightRow, StepDraft
 from specserve_adapters.entry import AdapterUse
 
 
@@ -35,41 +36,6 @@ class AdapterSlots(Protocol):
     def release(self, uses: tuple[AdapterUse, ...]) -> None: ...
     def cache_key(self, uses: tuple[AdapterUse, ...]) -> list[tuple[str, float]]: ...
     def count_tokens(self, uses: tuple[AdapterUse, ...], tokens: int, drafted: int, accepted: int) -> None: ...
-
-
-class InFlightRow(NamedTuple):
-    """A plan row on its way, with the request that it belongs to and the epoch in which it was planned."""
-
-    request: Request
-    epoch: int
-    row: PlanRow
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan in the making. `budget`: tokens left; `spare`: how many of them drafts and draft prefill may take."""
-
-    budget: int
-    spare: int
-    decodes: list[InFlightRow] = field(default_factory=list)
-    prefills: list[InFlightRow] = field(default_factory=list)
-    new_rows: list[NewRow] = field(default_factory=list)
-    blocks: list[BlockAppend] = field(default_factory=list)
-    loads: list[AdapterLoad] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class SchedulerStats:
-    """Monotonic counters since start."""
-
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    accepted_per_pos: list[int] = field(default_factory=list)
 
 
 class Scheduler:
@@ -121,22 +87,15 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step's plan; empty when nothing can run now."""
-        draft = _Draft(self.max_num_batched_tokens, self._spare_tokens())
+        draft = StepDraft(self.max_num_batched_tokens, self._spare_tokens())
         for request in list(self.running):
             if request.status is Status.RUNNING:
                 self._plan_prefill(request, draft) if request.prefilling else self._plan_decode(request, draft)
         self._admit_waiting(draft)
-        rows = draft.decodes + draft.prefills
-        if rows or draft.loads:
-            self.in_flight.append(rows)
+        if draft.rows or draft.loads:
+            self.in_flight.append(draft.rows)
             self.stats.steps += 1
-        return StepPlan(
-            step_id=self.stats.steps,
-            rows=[entry.row for entry in rows],
-            new_rows=draft.new_rows,
-            blocks=draft.blocks,
-            adapter_loads=draft.loads,
-        )
+        return draft.plan(self.stats.steps)
 
     def _spare_tokens(self) -> int:
         """What drafting may take: each decode row keeps its token, and a prompt that could run now half of the rest."""
@@ -144,12 +103,15 @@ class Scheduler:
         rest = max(0, self.max_num_batched_tokens - len(self.running) + prefilling)
         return rest // 2 if prefilling or (self.waiting and self.free_rows) else rest
 
-    def _plan_decode(self, request: Request, draft: _Draft) -> None:
+    def _plan_decode(self, request: Request, draft: StepDraft) -> None:
         if request.tokens_left <= 0 or draft.budget < 1:
             return
         draft_kv = request.proposer is not None and self.draft_kv[request.proposer]
         drafts, catch_up = choose_drafts(request, draft.spare, draft_kv=draft_kv)
-        bound = min(request.num_tokens + request.in_flight_bound + drafts, request.max_total)
+        known = request.num_tokens + request.in_flight_bound
+        if not self.kv.can_grow(request, min(known + drafts, request.max_total)):
+            drafts = 0  # nobody loses blocks to a guess
+        bound = min(known + drafts, request.max_total)
         if not self._grow(request, bound, draft):
             return
         assert request.row is not None
@@ -163,7 +125,7 @@ class Scheduler:
         draft.spare -= drafts + catch_up
         draft.decodes.append(self._submit(request, row))
 
-    def _plan_prefill(self, request: Request, draft: _Draft) -> None:
+    def _plan_prefill(self, request: Request, draft: StepDraft) -> None:
         start = request.num_computed_tokens
         count = min(request.prefill_end - start, draft.budget)
         if count < 1 or not self._grow(request, start + count, draft):
@@ -184,17 +146,15 @@ class Scheduler:
             request.in_flight_bound += 1 + row.num_drafts
         return InFlightRow(request, request.epoch, row)
 
-    def _grow(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+    def _grow(self, request: Request, num_tokens: int, draft: StepDraft) -> bool:
         """Blocks for `num_tokens`, preempting the youngest requests for them; False if it was itself preempted."""
         start = len(request.block_ids)
-        while (blocks := self.kv.grow(request, num_tokens)) is None:
+        while self.kv.grow(request, num_tokens) is None:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
-        if blocks:
-            assert request.row is not None
-            draft.blocks.append(BlockAppend(request.row, start, blocks))
+        draft.append_blocks(request, start)
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -211,7 +171,7 @@ class Scheduler:
 
     # --- admission --------------------------------------------------------------------------------------------------
 
-    def _admit_waiting(self, draft: _Draft) -> None:
+    def _admit_waiting(self, draft: StepDraft) -> None:
         """Admit in order. A request whose adapter is still loading waits alone; one that lacks a device slot holds
         back later requests that would take slots too, so that slots drain towards it."""
         slots_short = False
@@ -238,12 +198,12 @@ class Scheduler:
         try:
             return self.adapters.prepare(request.adapter_uses)
         except AdapterError as error:
-            info = ErrorInfo(error.code or "invalid_adapter", error.message, error.param)
+            info = ErrorInfo.of(error)
             self._failed.append(RequestOutput(request_id=request.request_id, finish_reason="error", error=info))
             self._finish(request)
             return False
 
-    def _enter_row(self, request: Request, slots: tuple[tuple[int, float], ...], draft: _Draft) -> None:
+    def _enter_row(self, request: Request, slots: tuple[tuple[int, float], ...], draft: StepDraft) -> None:
         self.waiting.remove(request)
         self.running.append(request)
         request.status = Status.RUNNING
@@ -260,8 +220,7 @@ class Scheduler:
                 num_computed=request.num_computed_tokens, num_draft_computed=request.num_draft_computed_tokens,
             )
         )  # fmt: skip
-        if request.block_ids:
-            draft.blocks.append(BlockAppend(request.row, 0, list(request.block_ids)))
+        draft.append_blocks(request, 0)
 
     # --- commit -----------------------------------------------------------------------------------------------------
 
@@ -312,16 +271,9 @@ class Scheduler:
             self.kv.commit_draft(request, request.num_draft_computed_tokens + row.draft_prefill)
 
     def _count(self, request: Request, row: PlanRow, result: RowResult, output: RequestOutput) -> None:
-        self.stats.generation_tokens += len(output.token_ids)
+        self.stats.record(row, result, len(output.token_ids))
         if row.num_drafts:
             record_speculation(request.stats, row.num_drafts, result)
-            self.stats.rounds += 1
-            self.stats.drafted += result.num_drafted
-            self.stats.accepted += result.num_accepted
-            positions = self.stats.accepted_per_pos
-            positions.extend([0] * (row.num_drafts - len(positions)))
-            for index in range(result.num_accepted):
-                positions[index] += 1
         self.adapters.count_tokens(request.adapter_uses, len(output.token_ids), result.num_drafted, result.num_accepted)
 
     # --- leaving ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from specserve.core.messages import (
 )
 from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
-from specserve.engine.client.generation import Delta, Generation, Sequence, begin_sequence, wire_error
+from specserve.engine.client.generation import Delta, Generation, Sequence, begin_sequence
 from specserve.engine.client.launch import ENGINE_CORE
 from specserve.engine.client.recorder import NoRecorder, Recorder, account, note_tokens
 from specserve.engine.client.recovery import AdapterBook, AdapterCall, Supervisor
@@ -240,7 +240,7 @@ class AsyncEngine:
     def _deliver(self, sequence: Sequence, generation: Generation, output: RequestOutput) -> None:
         if output.error is not None:
             self._end(sequence, "error")
-            generation.put(wire_error(output.error))
+            generation.put(output.error.to_error())
             return
         delta = sequence.take(output)
         if delta.token_ids:

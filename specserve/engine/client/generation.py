@@ -8,10 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from specserve.core.errors import BY_CODE, InvalidRequestError, SpecserveError
+from specserve.core.errors import InvalidRequestError, SpecserveError
 from specserve.core.messages import (
     AddRequest,
-    ErrorInfo,
     FinishReason,
     RequestOutput,
     SpeculationStats,
@@ -121,11 +120,6 @@ def begin_sequence(tokenizer: Decoder, index: int, prompt: int, request: AddRequ
         raise InvalidRequestError(f"output_ids already holds the stop string {detokenizer.stop!r}.", param="output_ids")
     text_base = detokenizer.num_characters
     return Sequence(index, prompt, request, detokenizer, text_base, output_ids=list(request.output_ids))
-
-
-def wire_error(info: ErrorInfo) -> SpecserveError:
-    """The SpecserveError that the engine put on the wire."""
-    return BY_CODE.get(info.code, SpecserveError)(info.message, param=info.param)
 
 
 class Generation:

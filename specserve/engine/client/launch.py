@@ -15,7 +15,6 @@ import msgspec
 from specserve.config import EngineConfig
 from specserve.core.errors import EngineDeadError
 from specserve.core.messages import Failed, FromEngine, Ready, Shutdown, ToEngine
-from specserve.engine.client.generation import wire_error
 from specserve.engine.core.framing import HEADER, encode_frame
 
 ENGINE_CORE = "specserve.engine.core.core:make_core"
@@ -82,7 +81,7 @@ async def _first_message(reader: asyncio.StreamReader, process: asyncio.subproce
         status = await process.wait()
         raise EngineDeadError(f"The engine process ended with status {status} while it started.") from error
     if isinstance(message, Failed):
-        raise wire_error(message.error)
+        raise message.error.to_error()
     assert isinstance(message, Ready)
     return message
 

@@ -24,7 +24,6 @@ from specserve.core.messages import (
     ToEngine,
     UnloadAdapter,
 )
-from specserve.engine.client.generation import wire_error
 from specserve.engine.client.launch import EngineLink, launch
 
 logger = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ class Supervisor:
         link.send(call)
         reply = await future
         if reply.error is not None:
-            raise wire_error(reply.error)
+            raise reply.error.to_error()
         return reply.adapters
 
     async def _run(self, link: EngineLink) -> None:

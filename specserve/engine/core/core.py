@@ -200,7 +200,7 @@ class EngineCore:
         try:
             return self._handle(call)
         except SpecserveError as error:
-            return Reply(call_id=call.call_id, error=error_info(error))
+            return Reply(call_id=call.call_id, error=ErrorInfo.of(error))
 
     def _handle(self, call: AdapterCall) -> Reply | None:
         if isinstance(call, LoadAdapter):
@@ -225,7 +225,7 @@ class EngineCore:
 
     def _load_reply(self, call_id: int, ticket: LoadTicket) -> Reply:
         if ticket.error is not None:
-            return Reply(call_id=call_id, error=error_info(ticket.error))
+            return Reply(call_id=call_id, error=ErrorInfo.of(ticket.error))
         return Reply(call_id=call_id, adapters=[info for info in self.adapters.list() if info.name == ticket.name])
 
     # --- the rest ---------------------------------------------------------------------------------------------------
@@ -274,7 +274,3 @@ def _check_resumable(request: Request) -> None:
     stop = next((token for token in request.token_ids[first:] if token in request.stop_ids), None)
     if stop is not None:
         raise InvalidRequestError(f"output_ids already holds the stop token {stop}.", param="output_ids")
-
-
-def error_info(error: SpecserveError) -> ErrorInfo:
-    return ErrorInfo(error.code or "internal_error", error.message, error.param)

@@ -61,11 +61,6 @@ class Core(Protocol):
     def close(self) -> None: ...
 
 
-def error_info(error: SpecserveError) -> ErrorInfo:
-    """A user error as it travels to the client."""
-    return ErrorInfo(code=error.code or error.type, message=error.message, param=error.param)
-
-
 class _Loop:
     """Messages in, one step, messages out; errors of one request end that request alone."""
 
@@ -94,7 +89,7 @@ class _Loop:
                 self.core.add_request(message)
             except SpecserveError as error:
                 self.refused.append(
-                    RequestOutput(request_id=message.request_id, finish_reason="error", error=error_info(error))
+                    RequestOutput(request_id=message.request_id, finish_reason="error", error=ErrorInfo.of(error))
                 )
         elif isinstance(message, AbortRequests):
             self.core.abort_requests(message.request_ids)
@@ -105,7 +100,7 @@ class _Loop:
         try:
             reply = self.core.handle(call)
         except SpecserveError as error:
-            reply = Reply(call_id=call.call_id, error=error_info(error))
+            reply = Reply(call_id=call.call_id, error=ErrorInfo.of(error))
         if reply is not None:
             self.channel.send(reply)
 
@@ -142,7 +137,7 @@ def run(sock: socket.socket, make_core: Callable[[EngineConfig], Core]) -> int:
         try:
             core = make_core(config)
         except SpecserveError as error:
-            channel.send(Failed(error=error_info(error)))
+            channel.send(Failed(error=ErrorInfo.of(error)))
             return 2
         channel.send(core.ready)
         _Loop(channel, core).run()
