@@ -67,3 +67,15 @@ def test_drafts_use_the_whole_budget_when_nobody_waits(open_llm: Open) -> None:
     llm.engine.step()
     (request,) = llm.engine.scheduler.running
     assert len(request.stats.drafted_per_position) == 16
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_drafts_preempt_nobody(depth: int, open_llm: Open) -> None:
+    """Both fit as long as the first one does not reserve all of its future."""
+    llm = open_llm(max_model_len=40, num_blocks=14, pipeline_depth=depth, proposers=fakes(()))
+    add(llm, "a", 4, 64, "wrong", max_tokens=36)
+    add(llm, "b", 20, 0, "wrong", max_tokens=3)
+    while llm.engine.has_work():
+        llm.engine.step()
+    assert llm.engine.stats().preemptions == 0
+    assert llm.engine.stats().num_drafts > 0
