@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import time
 from asyncio.subprocess import PIPE
@@ -57,10 +56,7 @@ def accepted(drafts: dict[str, Any]) -> str:
 async def running_server() -> AsyncIterator[str]:
     """Start the server on a free port, yield its URL once it is ready, stop it as an operator would."""
     command = [str(Path(sys.executable).with_name("specserve")), "serve", "--port", "0"]
-    # Small models gain nothing from every core, and torch's threads spin: where all cores are theirs, any other program
-    # makes each of them wait for the one that it has displaced.
-    environ = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))} | os.environ
-    server = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE, env=environ)
+    server = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
     assert server.stdout is not None
     log = asyncio.create_task(server.stderr.read() if server.stderr else asyncio.sleep(0))
     try:
