@@ -105,7 +105,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-        lora: Lora | list[Lora] = None,
+        lora: Lora | Sequence[Lora] = None,
     ) -> list[Output]:
         """Generate for all prompts in one batch. `params` and `lora` (as a list) may differ per prompt; n > 1 gives n
         outputs in a row for a prompt. Raises the SpecserveError of the first request that is refused or fails."""

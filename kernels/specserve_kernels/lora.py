@@ -31,7 +31,7 @@ def lora_ref(x: Tensor, y: Tensor, a: Tensor, b: Tensor, rows: Tensor, weights: 
 
 def _gather(a: Tensor, b: Tensor, rows: Tensor) -> Factors:
     precision = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return a.index_select(0, rows).to(precision).t(), b.index_select(0, rows).to(precision)
+    return a.index_select(0, rows).to(precision).t().contiguous(), b.index_select(0, rows).to(precision)
 
 
 def _add_product(x: Tensor, y: Tensor, factors: Factors, weights: Tensor) -> Tensor:

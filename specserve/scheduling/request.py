@@ -35,7 +35,7 @@ class Request:
     adapter_uses: tuple[AdapterUse, ...] = ()
     cache_salt: str = ""
     proposer: str | None = None
-    num_draft_tokens: int = 0
+    num_draft_tokens: int | None = 0  # a step; None: the scheduler's choice
 
     status: Status = Status.WAITING
     row: int | None = None

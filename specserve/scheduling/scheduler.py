@@ -14,7 +14,7 @@ from typing import Protocol
 from specserve.core.errors import AdapterError
 from specserve.core.messages import ErrorInfo, LoraRef, RequestOutput
 from specserve.core.plan import AdapterLoad, NewRow, PlanRow, RowResult, StepPlan, StepResult
-from specserve.scheduling.drafts import choose_drafts
+from specserve.scheduling.drafts import auto_drafts, choose_drafts
 from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.outputs import accept_tokens, record_speculation
 from specserve.scheduling.prefix_cache import root_hash
@@ -49,12 +49,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         draft_kv: Mapping[str, bool],
+        cheap_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.kv = kv
         self.adapters = adapters
         self.max_num_batched_tokens = max_num_batched_tokens
         self.draft_kv = draft_kv
+        self.cheap_tokens = cheap_tokens
         self.clock = clock
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
@@ -87,7 +89,12 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step's plan; empty when nothing can run now."""
-        draft = StepDraft(self.max_num_batched_tokens, self._spare_tokens())
+        decodes = sum(not request.prefilling for request in self.running)
+        draft = StepDraft(
+            budget=self.max_num_batched_tokens,
+            spare=self._spare_tokens(decodes),
+            auto_drafts=auto_drafts(decodes, self.cheap_tokens),
+        )
         for request in list(self.running):
             if request.status is Status.RUNNING:
                 self._plan_prefill(request, draft) if request.prefilling else self._plan_decode(request, draft)
@@ -97,17 +104,17 @@ class Scheduler:
             self.stats.steps += 1
         return draft.plan(self.stats.steps)
 
-    def _spare_tokens(self) -> int:
+    def _spare_tokens(self, decodes: int) -> int:
         """What drafting may take: each decode row keeps its token, and a prompt that could run now half of the rest."""
-        prefilling = sum(request.prefilling for request in self.running)
-        rest = max(0, self.max_num_batched_tokens - len(self.running) + prefilling)
+        rest = max(0, self.max_num_batched_tokens - decodes)
+        prefilling = decodes < len(self.running)
         return rest // 2 if prefilling or (self.waiting and self.free_rows) else rest
 
     def _plan_decode(self, request: Request, draft: StepDraft) -> None:
         if request.tokens_left <= 0 or draft.budget < 1:
             return
         draft_kv = request.proposer is not None and self.draft_kv[request.proposer]
-        drafts, catch_up = choose_drafts(request, draft.spare, draft_kv=draft_kv)
+        drafts, catch_up = choose_drafts(request, draft.spare, auto=draft.auto_drafts, draft_kv=draft_kv)
         known = request.num_tokens + request.in_flight_bound
         if not self.kv.can_grow(request, min(known + drafts, request.max_total)):
             drafts = 0  # nobody loses blocks to a guess

@@ -19,10 +19,12 @@ class InFlightRow(NamedTuple):
 
 @dataclass(slots=True)
 class StepDraft:
-    """`budget`: tokens left; `spare`: how many of them drafts and draft prefill may take."""
+    """`budget`: tokens left; `spare`: how many of them drafts and draft prefill may take; `auto_drafts`: drafts of a
+    row whose request names no number."""
 
     budget: int
     spare: int
+    auto_drafts: int
     decodes: list[InFlightRow] = field(default_factory=list)
     prefills: list[InFlightRow] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from msgspec.structs import replace
 
 from lawbook.fakes import fakes
 from specserve.core.messages import AddRequest
@@ -79,3 +80,16 @@ def test_drafts_preempt_nobody(depth: int, open_llm: Open) -> None:
         llm.engine.step()
     assert llm.engine.stats().preemptions == 0
     assert llm.engine.stats().num_drafts > 0
+
+
+def test_load_turns_drafting_off_and_its_end_on_again(open_llm: Open) -> None:
+    """With every row asking for no number of its own; what comes out is the same as without drafts."""
+    llm = open_llm(max_num_seqs=24, num_blocks=24 * 16 + 1)
+    prompts = [[3 + (7 * row + index) % 50 for index in range(5)] for row in range(24)]
+    lengths = [8] * 23 + [40]
+    asks = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length) for length in lengths]
+    outputs = llm.generate(prompts, asks)
+    assert all(output.speculation.rounds == 0 for output in outputs[:23]), "24 rows leave no token for drafts"
+    assert outputs[23].speculation.drafted > 0, "alone at the end, after a catch-up, it drafts"
+    off = [replace(ask, speculation=NO_SPECULATION) for ask in asks]
+    assert [o.token_ids for o in llm.generate(prompts, off)] == [o.token_ids for o in outputs]

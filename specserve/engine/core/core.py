@@ -60,6 +60,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             draft_kv=built.proposers.keeps_kv(),
+            cheap_tokens=built.cheap_tokens,
         )
         self.executor: Executor = InlineExecutor(built.runner.execute)
         self._tickets: deque[Ticket] = deque()
@@ -146,10 +147,10 @@ class EngineCore:
             return params
         return replace(params, speculation=replace(params.speculation, method=method))
 
-    def _resolve_speculation(self, params: SamplingParams) -> tuple[str | None, int]:
+    def _resolve_speculation(self, params: SamplingParams) -> tuple[str | None, int | None]:
         asked = params.speculation
         proposer = asked.proposer or self.built.default_proposer
-        drafts = self.built.default_drafts if asked.num_draft_tokens is None else asked.num_draft_tokens
+        drafts = self.config.num_draft_tokens if asked.num_draft_tokens is None else asked.num_draft_tokens
         if proposer is None:
             if asked.num_draft_tokens:
                 raise InvalidRequestError(
@@ -159,7 +160,7 @@ class EngineCore:
                 )
             return None, 0
         self.built.proposers.get(proposer)
-        return (proposer, drafts) if drafts else (None, 0)
+        return (None, 0) if drafts == 0 else (proposer, drafts)
 
     def _check_prompt(self, request: AddRequest) -> None:
         prompt_len, limit = len(request.prompt_ids), self.built.max_model_len
