@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from specserve.core.messages import TokenLogprobs
-from specserve.core.sampling_params import Method, SamplingParams
+from specserve.core.sampling_params import SamplingParams
 
 
 class NewRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +53,6 @@ class PlanRow(msgspec.Struct, frozen=True, kw_only=True):
     num_drafts: int = 0
     samples: bool = True
     proposer: str | None = None
-    method: Method = "rejection"
     draft_prefill: int = 0
     context_bound: int = 0  # upper bound of tokens in the KV cache after this step, for sizing reads
 

@@ -124,7 +124,7 @@ class Scheduler:
         assert request.row is not None
         row = PlanRow(
             request_id=request.request_id, row=request.row, num_new=1, num_drafts=drafts,
-            proposer=request.proposer if drafts or catch_up else None, method=request.params.method,
+            proposer=request.proposer if drafts or catch_up else None,
             draft_prefill=catch_up, context_bound=bound,
         )  # fmt: skip
         request.num_draft_scheduled_tokens += catch_up
@@ -141,7 +141,7 @@ class Scheduler:
         request.num_computed_tokens += count
         row = PlanRow(
             request_id=request.request_id, row=request.row, num_new=count, start=start,
-            samples=not request.prefilling, method=request.params.method, context_bound=start + count,
+            samples=not request.prefilling, context_bound=start + count,
         )  # fmt: skip
         draft.budget -= count
         draft.prefills.append(self._submit(request, row))
