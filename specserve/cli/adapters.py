@@ -73,15 +73,19 @@ def pin_adapter(args: argparse.Namespace) -> None:
     print(table([_call(args, "POST", path, {"pinned": not args.off})]))
 
 
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
 def table(infos: list[dict[str, Any]]) -> str:
     """Adapters in aligned columns."""
     rows = [("NAME", "TIER", "SLOT", "RANK", "PINNED", "DRAFT", "REQUESTS", "TOKENS", "ACCEPTED", "VERSION")]
     for info in infos:
-        acceptance = info["acceptance"]
+        acceptance, read = info["acceptance"], bool(info["version"])
         rows.append(
             (
-                info["name"], info["tier"], "-" if info["slot"] is None else str(info["slot"]), str(info["rank"]),
-                "yes" if info["pinned"] else "no", "yes" if info["has_draft"] else "no", str(info["requests"]),
+                info["name"], info["tier"], "-" if info["slot"] is None else str(info["slot"]), str(info["rank"]) if read else "-",
+                _yes(info["pinned"]), _yes(info["has_draft"]) if read else "-", str(info["requests"]),
                 str(info["tokens"]), "-" if acceptance is None else f"{acceptance:.0%}", info["version"][:12] or "-",
             )
         )  # fmt: skip

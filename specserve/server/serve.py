@@ -47,6 +47,12 @@ async def serve(
         engine = AsyncEngine(engine_config, core=core, recorder=metrics)
         if not await _start_or_stop(engine, stop):
             return
+        made = engine.ready
+        logger.info(
+            "The engine runs on %s in %s: a context of %d tokens, %d KV blocks of %d tokens; proposers: %s.",
+            made.device, made.dtype, made.max_model_len, made.num_blocks, engine_config.block_size,
+            ", ".join(made.proposers),
+        )  # fmt: skip
         metrics.watch(engine, engine_config.max_loras)
         state = ServerState(engine, config, metrics, config.served_model_name or (name,))
         runner = web.AppRunner(make_app(state), handler_cancellation=True, access_log=None)
