@@ -84,11 +84,18 @@ def table(infos: list[dict[str, Any]]) -> str:
         acceptance, read = info["acceptance"], bool(info["version"])
         rows.append(
             (
-                info["name"], info["tier"], "-" if info["slot"] is None else str(info["slot"]), str(info["rank"]) if read else "-",
-                _yes(info["pinned"]), _yes(info["has_draft"]) if read else "-", str(info["requests"]),
-                str(info["tokens"]), "-" if acceptance is None else f"{acceptance:.0%}", info["version"][:12] or "-",
+                info["name"],
+                info["tier"],
+                "-" if info["slot"] is None else str(info["slot"]),
+                str(info["rank"]) if read else "-",
+                _yes(info["pinned"]),
+                _yes(info["has_draft"]) if read else "-",
+                str(info["requests"]),
+                str(info["tokens"]),
+                "-" if acceptance is None else f"{acceptance:.0%}",
+                info["version"][:12] or "-",
             )
-        )  # fmt: skip
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
