@@ -18,6 +18,9 @@ from specserve_adapters.peft_config import PeftConfig, parse_config
 from specserve_adapters.spec import LinearSpec, ModuleKey
 
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# A product of activations and larger values may overflow float32, and infinity times the weight 0 of a neighbour that
+# does not use the adapter is NaN.
+MAX_MAGNITUDE = 1e30
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _UNSUPPORTED_TENSORS = (
     ("lora_magnitude_vector", "DoRA is not supported"),
@@ -124,6 +127,8 @@ def _check_tensor(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:
         raise AdapterError(f"Tensor {name} should have the shape {list(expected)}, but has {list(tensor.shape)}.")
     if not bool(tensor.isfinite().all()):
         raise AdapterError(f"Tensor {name} holds NaN or infinity.")
+    if bool((tensor.abs() > MAX_MAGNITUDE).any()):
+        raise AdapterError(f"Tensor {name} holds values beyond ±{MAX_MAGNITUDE:g}.")
 
 
 def _pack(

@@ -227,6 +227,7 @@ REJECTIONS: list[tuple[Edit, list[str]]] = [
     (truncate("adapter_model.safetensors", -1), ["adapter_model.safetensors cannot be read"]),
     (poison(float("nan")), [f"{Q0}.lora_B.weight", "NaN"]),
     (poison(float("inf")), [f"{Q0}.lora_B.weight", "infinity"]),
+    (poison(1e31), [f"{Q0}.lora_B.weight", "beyond ±1e+30"]),
     (without(f"{Q0}.lora_B.weight"), [f"{Q0}.lora_B.weight is missing"]),
     (without(f"{Q0}.lora_A.weight"), [f"{Q0}.lora_A.weight is missing"]),
     (with_tensor(f"{Q0}.lora_A.weight", torch.zeros(4, 33)), [f"{Q0}.lora_A.weight", "[4, 32]", "[4, 33]"]),
