@@ -1,0 +1,1 @@
+"""LoRA adapters: PEFT reader, host tier, device slots, manager."""

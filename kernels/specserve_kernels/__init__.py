@@ -1,0 +1,1 @@
+"""Kernels, each beside its torch reference. Knows nothing of the layers above."""

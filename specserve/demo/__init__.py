@@ -1,0 +1,1 @@
+"""The bundled models; MODEL_CARD.md says what they are."""

@@ -1,0 +1,1 @@
+"""HTTP: OpenAI's API, the adapters API, health and metrics (aiohttp)."""

@@ -1,0 +1,1 @@
+"""AsyncEngine: tokens in and out, recovery; no torch."""

@@ -1,0 +1,1 @@
+"""EngineCore and its process."""
