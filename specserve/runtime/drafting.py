@@ -12,7 +12,6 @@ from specserve.core.plan import PlanRow
 from specserve.runtime.layout import index_tensor, step_layout
 from specserve.runtime.model_state import ModelState
 from specserve.runtime.rows import DeviceRows
-from specserve.sampling.batch import SamplingBatch
 from specserve.speculation.proposer import DraftBatch, Drafts
 from specserve.speculation.registry import ProposerRegistry
 
@@ -46,9 +45,8 @@ class Drafter:
         drafting = [index for index, row in enumerate(plan_rows) if row.num_drafts]
         if not drafting:
             return None
-        names = sorted({plan_rows[index].proposer or "" for index in drafting})
         parts = []
-        for name in names:
+        for name in sorted({plan_rows[index].proposer or "" for index in drafting}):
             indices = [index for index in drafting if plan_rows[index].proposer == name]
             batch = self._batch([plan_rows[index] for index in indices])
             parts.append((indices, self.proposers.get(name).propose(batch)))
@@ -65,12 +63,9 @@ class Drafter:
             history=self.rows.history,
             lengths=self.rows.num_tokens,
             num_tokens=self.rows.num_tokens[row_index],
-            sampling=self.sampling(row_list),
+            sampling=self.rows.sampling.gather(row_list),
             forward=self._forward_fn(row_list, row_index, tuple(row.context_bound for row in plan_rows)),
         )
-
-    def sampling(self, row_list: tuple[int, ...]) -> SamplingBatch:
-        return self.rows.sampling.gather(row_list)
 
     def _forward_fn(
         self, row_list: tuple[int, ...], row_index: Tensor, bounds: tuple[int, ...]

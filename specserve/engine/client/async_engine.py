@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from specserve.config import EngineConfig, resolve_demo
+from specserve.core.checks import check_tokens
 from specserve.core.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from specserve.core.messages import (
     AbortRequests,
@@ -31,7 +32,7 @@ from specserve.engine.client.recorder import NoRecorder, Recorder, account, note
 from specserve.engine.client.recovery import AdapterBook, AdapterCall, Supervisor
 from specserve.engine.client.seeds import SeedSource
 from specserve.engine.client.tokenizer import Tokenizer
-from specserve.engine.client.validation import check_lora, check_prompt, resolve_params
+from specserve.engine.client.validation import check_lora, resolve_params
 
 INLINE_CHARACTERS = 4096  # shorter texts tokenise faster than a thread is woken
 
@@ -138,7 +139,7 @@ class AsyncEngine:
         sequences: list[Sequence] = []
         for number, prompt in enumerate(prompts):
             prompt_ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
-            check_prompt(prompt_ids, output_ids, self.ready)
+            check_tokens(prompt_ids, output_ids, self.ready.vocab_size)
             resolved = resolve_params(params, len(prompt_ids), len(output_ids), self.ready)
             for sample in range(params.n):
                 request = AddRequest(

@@ -1,27 +1,15 @@
-"""What can be refused before anything is queued: ranges, vocabulary, the context's length."""
+"""What can be refused before anything is queued: adapters, proposers, the context's length."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from specserve.core.checks import check_sum
 from specserve.core.errors import ContextLengthError, InvalidRequestError, NotFoundError
 from specserve.core.messages import LoraRef, Ready
 from specserve.core.sampling_params import SamplingParams
-
-
-def check_prompt(prompt_ids: Sequence[int], output_ids: Sequence[int], ready: Ready) -> None:
-    """The prompt holds tokens of the vocabulary, and so does what it is to be resumed from."""
-    if not prompt_ids:
-        raise InvalidRequestError("The prompt is empty: it must give at least one token.", param="prompt")
-    for field, ids in (("prompt", prompt_ids), ("output_ids", output_ids)):
-        for token in ids:
-            if not 0 <= token < ready.vocab_size:
-                raise InvalidRequestError(
-                    f"{field} holds token {token}; the vocabulary has {ready.vocab_size}.", param=field
-                )
 
 
 def resolve_params(params: SamplingParams, num_prompt: int, num_output: int, ready: Ready) -> SamplingParams:
@@ -56,15 +44,10 @@ def resolve_params(params: SamplingParams, num_prompt: int, num_output: int, rea
 
 def check_lora(lora: Sequence[LoraRef], known: Iterable[str], max_adapters: int) -> None:
     """Every adapter is registered, named once, and there are not too many."""
-    if len(lora) > max_adapters:
-        raise InvalidRequestError(
-            f"lora names {len(lora)} adapters; at most {max_adapters} may be summed.", param="lora"
-        )
+    check_sum(lora, max_adapters)
     names = [ref.name for ref in lora]
-    for ref in lora:
-        if ref.name not in known:
-            raise NotFoundError(f"The adapter {ref.name!r} does not exist; load it first.", param="lora")
-        if not math.isfinite(ref.scale):
-            raise InvalidRequestError(f"The scale of adapter {ref.name!r} must be finite.", param="lora")
-        if names.count(ref.name) > 1:
-            raise InvalidRequestError(f"lora names the adapter {ref.name!r} more than once.", param="lora")
+    for name in names:
+        if name not in known:
+            raise NotFoundError(f"The adapter {name!r} does not exist; load it first.", param="lora")
+        if names.count(name) > 1:
+            raise InvalidRequestError(f"lora names the adapter {name!r} more than once.", param="lora")

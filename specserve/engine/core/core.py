@@ -10,6 +10,7 @@ import torch
 from msgspec.structs import replace
 
 from specserve.config import EngineConfig, environment_threads
+from specserve.core.checks import check_sum, check_tokens
 from specserve.core.errors import ContextLengthError, InvalidRequestError, SpecserveError
 from specserve.core.messages import (
     AdapterInfo,
@@ -18,7 +19,6 @@ from specserve.core.messages import (
     ErrorInfo,
     ListAdapters,
     LoadAdapter,
-    LoraRef,
     PinAdapter,
     Ready,
     Reply,
@@ -115,7 +115,9 @@ class EngineCore:
         """Queue a request, or raise the SpecserveError that says which field is wrong. Nothing is queued then."""
         if request.request_id in self.scheduler.requests:
             raise InvalidRequestError(f"request_id {request.request_id!r} is already running.", param="request_id")
-        self._check_prompt(request)
+        check_tokens(request.prompt_ids, request.output_ids, self.built.spec.vocab_size)
+        check_sum(request.lora, self.config.max_adapters_per_request)
+        self._check_room(request)
         prompt_len = len(request.prompt_ids)
         room = self.built.max_model_len - prompt_len
         params = self._resolve_params(request.params, room)
@@ -128,7 +130,7 @@ class EngineCore:
             seed=request.seed,
             stop_ids=(() if params.ignore_eos else self.built.spec.eos_token_ids) + params.stop_token_ids,
             max_total=prompt_len + min(params.max_tokens or room, room),
-            lora=self._check_lora(request),
+            lora=request.lora,
             cache_salt=request.cache_salt,
             proposer=proposer,
             num_draft_tokens=drafts,
@@ -162,32 +164,14 @@ class EngineCore:
         self.built.proposers.get(proposer)
         return (None, 0) if drafts == 0 else (proposer, drafts)
 
-    def _check_prompt(self, request: AddRequest) -> None:
+    def _check_room(self, request: AddRequest) -> None:
         prompt_len, limit = len(request.prompt_ids), self.built.max_model_len
-        if not prompt_len:
-            raise InvalidRequestError("prompt must hold at least one token.", param="prompt")
         if prompt_len >= limit or prompt_len + len(request.output_ids) > limit:
             raise ContextLengthError(
                 f"The prompt has {prompt_len} tokens and {len(request.output_ids)} are resumed; the context of {limit} "
                 "must also hold the answer. Shorten the prompt.",
                 param="prompt",
             )
-        vocab = self.built.spec.vocab_size
-        for field, ids in (("prompt", request.prompt_ids), ("output_ids", request.output_ids)):
-            bad = next((token for token in ids if not 0 <= token < vocab), None)
-            if bad is not None:
-                raise InvalidRequestError(f"{field} holds token {bad}; the vocabulary has {vocab}.", param=field)
-
-    def _check_lora(self, request: AddRequest) -> tuple[LoraRef, ...]:
-        limit = self.config.max_adapters_per_request
-        if len(request.lora) > limit:
-            raise InvalidRequestError(
-                f"lora names {len(request.lora)} adapters; at most {limit} may be summed.", param="lora"
-            )
-        for ref in request.lora:
-            if not -1e6 < ref.scale < 1e6:
-                raise InvalidRequestError(f"lora scale of {ref.name!r} must be a finite number.", param="lora")
-        return request.lora
 
     def abort_requests(self, ids: list[str]) -> None:
         """End requests now; their outputs stop. Unknown ids have just finished."""
