@@ -1,4 +1,4 @@
-"""Rotary positions: the frequencies of each scaling, and cos and sin of a step's positions.
+"""Rotary positions: the frequencies of each scaling, and a table of every position's cos and sin.
 
 `parameters` is transformers' `rope_parameters` (5.x) or an older `rope_scaling` with `rope_theta` added. Formulas as in
 transformers' modeling_rope_utils: linear; dynamic NTK, which up to max_position_embeddings is the unscaled one; llama3
@@ -20,25 +20,39 @@ from specserve.core.errors import ModelLoadError
 Frequencies = tuple[Tensor, float]
 """(inverse frequencies [head_dim / 2] fp32, factor on cos and sin)."""
 
+_ROWS_AT_ONCE = 1 << 14  # while the tables are made: bounds what fp32 takes beside them
+
 
 class Rotary:
-    """Makes (cos, signed sin), each [T, 1, head_dim] of `dtype`, as specserve_kernels.rotary takes them."""
+    """Knows (cos, signed sin) of positions 0 … max_positions - 1, each [T, 1, head_dim] of `dtype`.
+
+    The two tables are made once, so that a step is two copies of rows: 2 * max_positions * head_dim numbers, which is
+    67 MB for 131072 positions of 128 in bf16 and 134 MB in fp32.
+    """
 
     def __init__(
-        self, parameters: Mapping[str, Any], head_dim: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        parameters: Mapping[str, Any],
+        head_dim: int,
+        *,
+        max_positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        inverse, self._factor = frequencies(parameters, head_dim)
+        inverse, factor = frequencies(parameters, head_dim)
         # Frequencies of the first half negated: cos ignores the sign and sin takes it, as swapped halves need.
-        self._signed = torch.cat((-inverse, inverse)).to(device)
-        self._dtype = dtype
+        signed = torch.cat((-inverse, inverse)).to(device)
+        self._cos = torch.empty(max_positions, 1, head_dim, dtype=dtype, device=device)
+        self._sin = torch.empty_like(self._cos)
+        for first in range(0, max_positions, _ROWS_AT_ONCE):
+            last = min(first + _ROWS_AT_ONCE, max_positions)
+            angles = torch.arange(first, last, dtype=torch.float32, device=device).view(-1, 1, 1) * signed
+            self._cos[first:last] = angles.cos() * factor
+            self._sin[first:last] = angles.sin() * factor
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and signed sin of positions [T] int64."""
-        angles = (positions.to(torch.float32).unsqueeze(1) * self._signed).unsqueeze(1)
-        cos, sin = angles.cos(), angles.sin()
-        if self._factor != 1.0:
-            cos, sin = cos * self._factor, sin * self._factor
-        return cos.to(self._dtype), sin.to(self._dtype)
+        """Cos and signed sin of positions [T] int64, all below max_positions."""
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
 def frequencies(parameters: Mapping[str, Any], head_dim: int) -> Frequencies:

@@ -54,7 +54,9 @@ class _Builder:
         return Decoder(
             spec=spec,
             device=self._device,
-            rotary=Rotary(self._shape.rope, spec.head_dim, dtype=spec.dtype, device=self._device),
+            rotary=Rotary(
+                self._shape.rope, spec.head_dim, max_positions=spec.max_model_len, dtype=spec.dtype, device=self._device
+            ),
             embedding=embedding,
             blocks=[self._block(layer) for layer in range(spec.num_layers)],
             norm=self._norm("model.norm."),

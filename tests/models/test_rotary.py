@@ -42,7 +42,7 @@ def test_frequencies(scaling: dict[str, Any], head_dim: int) -> None:
 
 
 def test_cos_and_signed_sin_are_of_true_positions_and_the_models_dtype() -> None:
-    rotary = Rotary({"rope_theta": 100.0}, 4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    rotary = Rotary({"rope_theta": 100.0}, 4, max_positions=4, dtype=torch.bfloat16, device=torch.device("cpu"))
     cos, sin = rotary.at(torch.tensor([0, 3]))
     angles = torch.tensor([[[0.0, 0.0]], [[3.0, 0.3]]])
     assert torch.equal(cos, torch.cat((angles.cos(), angles.cos()), -1).bfloat16())
@@ -52,3 +52,14 @@ def test_cos_and_signed_sin_are_of_true_positions_and_the_models_dtype() -> None
 def test_unknown_scaling_is_named() -> None:
     with pytest.raises(ModelLoadError, match="su-scaled"):
         frequencies({"rope_type": "su-scaled", "rope_theta": 1e4}, 8)
+
+
+def test_a_table_longer_than_what_is_made_at_once() -> None:
+    device, last = torch.device("cpu"), 2**14 + 5
+    rotary = Rotary({"rope_theta": 100.0}, 4, max_positions=last + 1, dtype=torch.float32, device=device)
+    positions = torch.tensor([last, 2**14, 2**14 - 1, 7])
+    cos, sin = rotary.at(positions)
+    angles = positions.float().view(-1, 1, 1) * torch.tensor([1.0, 0.1])
+    rtol, atol = OP[torch.float32]
+    torch.testing.assert_close(cos, torch.cat((angles.cos(), angles.cos()), -1), rtol=rtol, atol=atol)
+    torch.testing.assert_close(sin, torch.cat((-angles.sin(), angles.sin()), -1), rtol=rtol, atol=atol)
