@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # The interpreter's numbers are arrays of one element, which NumPy 2.4 no longer takes as the bounds of a loop.
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_loop_bounds(tensor: Any, scope: Any) -> None:
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda number: int(number.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_loop_bounds
 
 
 @pytest.fixture(scope="session")
