@@ -20,7 +20,7 @@ from specserve.layers.norm import RMSNorm
 from specserve.layers.rotary import Rotary
 from specserve.layers.storage import Parameter
 from specserve.models.spec import ModelSpec
-from specserve_kernels.attention import prepare
+from specserve_kernels.attention import AttentionShape, prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,10 @@ class Decoder:
     def forward(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """Token ids [T] int64 → hidden states [T, hidden] after the last norm. Writes the tokens' keys and values."""
         meta = ctx.attention
-        groups = self.spec.num_heads // self.spec.num_kv_heads
+        spec = self.spec
+        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
         cos, sin = self.rotary.at(meta.positions)
-        step = Step(prepare(meta, groups=groups, dtype=self.spec.dtype), cos, sin)
+        step = Step(prepare(meta, shape), cos, sin)
         hidden = self.embedding.embed(input_ids)
         for block in self.blocks:
             hidden = block.forward(hidden, ctx, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ class PagedRunner:
         blocks = self.tables[rows, positions // self.block_size]
         bounds = tuple(min(self.computed[text] + n + 2, len(self.texts[text])) for text, n in counts.items())
         meta = AttentionMetadata(
-            positions, blocks * self.block_size + positions % self.block_size, self.tables[list(counts)],
-            tuple(counts.values()), bounds, self.block_size,
+            positions, blocks * self.block_size + positions % self.block_size, self.tables, torch.tensor(list(counts)),
+            torch.tensor([0, *accumulate(counts.values())]), tuple(counts.values()), bounds, self.block_size,
         )  # fmt: skip
         ids = torch.tensor([self.texts[text][position] for text, position in tokens])
         hidden = self.model.forward(ids, ForwardContext(meta, self.caches, self.lora))

@@ -93,7 +93,10 @@ def test_ranks_sum_the_branches_and_not_the_residual(save: Any, texts: list[list
 
     def hidden(of: Any, **ranks: Any) -> torch.Tensor:
         caches = [(torch.zeros(32, 2, 8).double(), torch.zeros(32, 2, 8).double()) for _ in range(2)]
-        meta = AttentionMetadata(positions, positions + 16, torch.tensor([[1]]), (len(ids),), (len(ids),), 16)
+        meta = AttentionMetadata(
+            positions, positions + 16, torch.tensor([[1]]), torch.tensor([0]), torch.tensor([0, len(ids)]), (len(ids),),
+            (len(ids),), 16,
+        )  # fmt: skip
         return of.forward(ids, ForwardContext(meta, caches, **ranks))
 
     torch.testing.assert_close(hidden(halved, communicator=Halves()), hidden(model), rtol=1e-12, atol=1e-12)

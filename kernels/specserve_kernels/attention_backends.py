@@ -1,0 +1,18 @@
+"""The backends of paged attention by name. A new one registers here and is held to the same conformance tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from specserve_kernels import attention_ref
+from specserve_kernels.attention_interface import AttentionBackend, AttentionMetadata, AttentionShape
+from specserve_kernels.dispatch import backend
+
+BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType({"torch": attention_ref})
+
+
+def choose(meta: AttentionMetadata, shape: AttentionShape) -> AttentionBackend:
+    """The fastest backend for this model on the device of `meta`."""
+    fastest = BACKENDS[backend(meta.positions, BACKENDS)]
+    return fastest if fastest.takes(shape, meta.block_size) else attention_ref

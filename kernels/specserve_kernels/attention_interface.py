@@ -1,0 +1,77 @@
+"""What attention is told of a forward, and what every backend of it provides.
+
+A backend is a module (or any object) with the three functions of `AttentionBackend`; `attention_backends` names them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+SHORT_QUERY = 16
+"""Sequences with at most this many queries (decodes, verifications) are computed together, longer ones as prefills."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where the T tokens of one forward stand; B sequences, whose tokens follow one another in the batch.
+
+    A sequence's KV length is the position of its last token plus one. What differs between two replays of one graph is
+    on the device; the host's numbers are the shapes, and bounds.
+    """
+
+    positions: Tensor  # [T] int64, true positions; padding tokens have position 0 and slot 0
+    slot_mapping: Tensor  # [T] int64 into the flattened cache; in block 0 for padding
+    block_tables: Tensor  # [R, max_blocks] int64, the tables of all device rows
+    rows: Tensor  # [B] int64, the row of block_tables that each sequence reads
+    query_start: Tensor  # [B + 1] int64, the first token of each sequence, then T
+    query_lens: tuple[int, ...]  # host, per sequence, each >= 1; sum = T
+    context_bounds: tuple[int, ...]  # host upper bound of KV length per sequence after this forward
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What is the same in all layers of a model; `heads` = groups * `kv_heads`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+class AttentionBackend(Protocol):
+    """One way to compute attention over pages. What `prepare` returns is the backend's own business."""
+
+    def takes(self, shape: AttentionShape, block_size: int) -> bool:
+        """Whether it can compute this, on a device where it runs at all."""
+
+    def prepare(self, meta: AttentionMetadata, shape: AttentionShape) -> Any:
+        """Compute once what all layers of one forward share."""
+
+    def attend(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, prepared: Any, scale: float, window: int | None
+    ) -> Tensor:
+        """q [T, heads, head_dim] → [T, heads, head_dim], as `attention.paged_attention` says."""
+
+
+def cut_runs(query_lens: tuple[int, ...], max_padding: float) -> list[tuple[int, int]]:
+    """Cut the sequences into consecutive runs [first, last) that are computed together.
+
+    A run is one long sequence, or short ones whose queries, padded to the longest, are at most `max_padding` times the
+    real ones.
+    """
+    runs: list[tuple[int, int]] = []
+    longest = total = 0
+    for i, length in enumerate(query_lens):
+        wider = max(longest, length)
+        if runs and wider <= SHORT_QUERY and wider * (i + 1 - runs[-1][0]) <= max_padding * (total + length):
+            runs[-1] = (runs[-1][0], i + 1)
+            longest, total = wider, total + length
+        else:
+            runs.append((i, i + 1))
+            longest = total = length
+    return runs
