@@ -20,6 +20,20 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter._patch_lang_tensor = _patch_loop_bounds
 
+    # It keeps bfloat16 as 16-bit integers and multiplies those.
+    _dot = interpreter.InterpreterBuilder.create_dot
+
+    def _widen(operand: Any) -> Any:
+        if operand.dtype.scalar != interpreter.tl.bfloat16:
+            return operand
+        wide = (operand.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    def _dot_of_wide(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return _dot(builder, _widen(a), _widen(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = _dot_of_wide
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
