@@ -10,8 +10,7 @@ from specserve.layers.context import ForwardContext
 from specserve.layers.linear import Linear
 from specserve.layers.norm import HeadNorm
 from specserve_kernels.attention import PreparedAttention, paged_attention
-from specserve_kernels.kv_cache import write_kv
-from specserve_kernels.rotary import rotary
+from specserve_kernels.qkv import rotate_and_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,32 +23,40 @@ class Step:
 
 
 class Attention:
-    """Grouped-query attention. `qkv` gives [T, (heads + 2 kv_heads) * head_dim]; `norm` norms query and key heads."""
+    """Grouped-query attention. `qkv` gives [T, (heads + 2 kv_heads) * head_dim]; `norm` norms query and key heads.
+
+    `window`: a token at position p sees keys at p - window < j <= p alone; None: at all j <= p. The cache keeps the
+    whole context all the same: blocks behind every layer's window are neither freed nor counted less.
+    """
 
     def __init__(
-        self, layer: int, qkv: Linear, out: Linear, norm: HeadNorm | None, *, heads: int, kv_heads: int, head_dim: int
+        self,
+        layer: int,
+        qkv: Linear,
+        out: Linear,
+        norm: HeadNorm | None,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        window: int | None = None,
     ) -> None:
         self._layer = layer
         self._qkv = qkv
         self._out = out
         self._norm = norm
         self._heads = heads
-        self._kv_heads = kv_heads
-        self._head_dim = head_dim
         self._scale = head_dim**-0.5
+        self._window = window
 
     def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext, step: Step) -> Tensor:
         """residual [T, hidden] + attention(x [T, hidden])."""
-        tokens = x.shape[0]
-        rotated = self._heads + self._kv_heads
-        heads = self._qkv.forward(x, ctx).view(tokens, rotated + self._kv_heads, self._head_dim)
-        if ctx.lora is not None:  # an adapter may overflow; what is not finite would outlive its request in the cache
-            heads.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        qk, v = heads.split_with_sizes((rotated, self._kv_heads), 1)
-        if self._norm is not None:
-            qk = self._norm.forward(qk)
-        q, k = rotary(qk, step.cos, step.sin).split_with_sizes((self._heads, self._kv_heads), 1)
+        qkv = self._qkv.forward(x, ctx)
         k_cache, v_cache = ctx.kv_caches[self._layer]
-        write_kv(k, v, k_cache, v_cache, step.attention.slot_mapping)
-        attended = paged_attention(q, k_cache, v_cache, step.attention, self._scale)
-        return self._out.add_to(residual, attended.view(tokens, -1), ctx)
+        q = rotate_and_cache(
+            qkv, step.cos, step.sin, k_cache, v_cache, step.attention.slot_mapping,
+            heads=self._heads, norm=self._norm.weight_and_eps if self._norm is not None else None,
+            finite=ctx.lora is not None,  # an adapter may overflow; the cache must not keep what is not finite
+        )  # fmt: skip
+        attended = paged_attention(q, k_cache, v_cache, step.attention, self._scale, self._window)
+        return self._out.add_to(residual, attended.view(x.shape[0], -1), ctx)

@@ -24,7 +24,7 @@ class RMSNorm:
 
 
 class HeadNorm:
-    """Norms each query head by one weight and each key head by another, in one pass over both (Qwen3)."""
+    """What norms each query head by one weight and each key head by another (Qwen3), inside rotate_and_cache."""
 
     def __init__(
         self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, *, dtype: torch.dtype, device: torch.device
@@ -39,6 +39,7 @@ class HeadNorm:
         shape = (self._weight.shape[1],)
         return {"q_norm.weight": Parameter(queries, shape), "k_norm.weight": Parameter(keys, shape)}
 
-    def forward(self, heads: Tensor) -> Tensor:
-        """[T, num_heads + num_kv_heads, head_dim] → the same, normed."""
-        return rms_norm(heads, self._weight, self._eps)
+    @property
+    def weight_and_eps(self) -> tuple[Tensor, Tensor]:
+        """(weight [num_heads + num_kv_heads, head_dim], eps []), as specserve_kernels.qkv takes them."""
+        return self._weight, self._eps

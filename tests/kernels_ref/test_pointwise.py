@@ -7,9 +7,10 @@ import torch
 
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import backend
-from specserve_kernels.kv_cache import write_kv
+from specserve_kernels.kv_cache import write_kv_ref
 from specserve_kernels.norm import rms_norm, sum_dtype
-from specserve_kernels.rotary import rotary
+from specserve_kernels.qkv import rotate_and_cache
+from specserve_kernels.rotary import rotary_ref
 from specserve_kernels.tolerances import OP
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -58,7 +59,7 @@ def test_rotary_is_a_complex_rotation(dtype: torch.dtype, tokens: int, heads: in
     cos = torch.cat((angles.cos(), angles.cos()), -1).to(dtype)
     sin = torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
     pairs = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
-    close(rotary(x, cos, sin), torch.cat((pairs.real, pairs.imag), -1))
+    close(rotary_ref(x, cos, sin), torch.cat((pairs.real, pairs.imag), -1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,10 +77,40 @@ def test_write_kv_touches_only_its_slots() -> None:
     want_k, want_v = k_cache.clone(), v_cache.clone()
     k, v = random(4, 2, 3, dtype=torch.float32, seed=2), random(4, 2, 3, dtype=torch.float32, seed=3)
     slots = [11, 0, 5, 0]  # two padding tokens share slot 0, which nobody reads
-    write_kv(k, v, k_cache, v_cache, torch.tensor(slots))
+    write_kv_ref(k, v, k_cache, v_cache, torch.tensor(slots))
     for token in (0, 2):
         want_k[slots[token]], want_v[slots[token]] = k[token], v[token]
     assert torch.equal(k_cache[1:], want_k[1:]) and torch.equal(v_cache[1:], want_v[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("finite", [False, True])
+def test_rotate_and_cache(dtype: torch.dtype, normed: bool, finite: bool) -> None:
+    tokens, heads, kv_heads, dim = 3, 4, 2, 6
+    qkv = random(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+    if finite:
+        qkv[0, 0, 0], qkv[1, heads, 1], qkv[2, -1, 2] = float("nan"), float("inf"), float("-inf")
+    angles = random(tokens, 1, dim // 2, dtype=torch.float64, seed=1)
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    weight = random(heads + kv_heads, dim, dtype=dtype, seed=2)
+    wide = qkv.double().masked_fill(~qkv.isfinite(), 0.0)
+    qk, v = wide[:, : heads + kv_heads], wide[:, heads + kv_heads :]
+    if normed:
+        qk = qk / (qk.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    turned = torch.complex(*qk.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    turned = torch.cat((turned.real, turned.imag), -1)
+    k_cache, v_cache = torch.zeros(2, 8, kv_heads, dim, dtype=dtype)
+    slots = torch.tensor([6, 2, 5])
+    norm = (weight, eps(1e-6, dtype)) if normed else None
+    q = rotate_and_cache(
+        qkv.view(tokens, -1), cos.to(dtype), sin.to(dtype), k_cache, v_cache, slots,
+        heads=heads, norm=norm, finite=finite,
+    )  # fmt: skip
+    close(q, turned[:, :heads])
+    close(k_cache[slots], turned[:, heads:])
+    close(v_cache[slots], v)
+    assert not k_cache[[0, 1, 3, 4, 7]].any() and not v_cache[[0, 1, 3, 4, 7]].any()
 
 
 def test_backend_of_a_cpu_tensor_is_torch() -> None:
