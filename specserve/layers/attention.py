@@ -49,8 +49,8 @@ class Attention:
         self._scale = head_dim**-0.5
         self._window = window
 
-    def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext, step: Step) -> Tensor:
-        """residual [T, hidden] + attention(x [T, hidden])."""
+    def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext, step: Step) -> None:
+        """residual [T, hidden] += attention(x [T, hidden]), in place."""
         qkv = self._qkv.forward(x, ctx)
         k_cache, v_cache = ctx.kv_caches[self._layer]
         q = rotate_and_cache(
@@ -59,4 +59,4 @@ class Attention:
             finite=ctx.lora is not None,  # an adapter may overflow; the cache must not keep what is not finite
         )  # fmt: skip
         attended = paged_attention(q, k_cache, v_cache, step.attention, self._scale, self._window)
-        return self._out.add_to(residual, attended.view(x.shape[0], -1), ctx)
+        self._out.add_to(residual, attended.view(x.shape[0], -1), ctx)

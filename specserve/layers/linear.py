@@ -32,11 +32,12 @@ class Linear:
             ctx.lora.apply(self.lora_index, x, y)
         return y
 
-    def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """residual [T, out] + linear(x [T, in]): the end of a block's branch, where the ranks' shares are summed."""
+    def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext) -> None:
+        """residual [T, out] += linear(x [T, in]), in place: the end of a block's branch, where the ranks' shares are
+        summed."""
         if ctx.communicator.size > 1:
-            return residual + ctx.communicator.all_reduce(self.forward(x, ctx))
-        y = self.storage.matmul(x, residual)  # the product adds the residual: an operator less
+            residual += ctx.communicator.all_reduce(self.forward(x, ctx))
+            return
+        self.storage.add_matmul(residual, x)  # the product adds itself: an operator less
         if ctx.lora is not None:
-            ctx.lora.apply(self.lora_index, x, y)
-        return y
+            ctx.lora.apply(self.lora_index, x, residual)

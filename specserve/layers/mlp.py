@@ -16,6 +16,6 @@ class GatedMLP:
         self._gate_up = gate_up
         self._down = down
 
-    def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """residual [T, hidden] + mlp(x [T, hidden])."""
-        return self._down.add_to(residual, silu_mul(self._gate_up.forward(x, ctx)), ctx)
+    def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext) -> None:
+        """residual [T, hidden] += mlp(x [T, hidden]), in place."""
+        self._down.add_to(residual, silu_mul(self._gate_up.forward(x, ctx)), ctx)

@@ -32,9 +32,10 @@ class Block:
     mlp_norm: RMSNorm
     mlp: GatedMLP
 
-    def forward(self, hidden: Tensor, ctx: ForwardContext, step: Step) -> Tensor:
-        hidden = self.attention.add_to(hidden, self.attention_norm.forward(hidden), ctx, step)
-        return self.mlp.add_to(hidden, self.mlp_norm.forward(hidden), ctx)
+    def forward(self, hidden: Tensor, ctx: ForwardContext, step: Step) -> None:
+        """hidden [T, hidden] goes through the layer, in place."""
+        self.attention.add_to(hidden, self.attention_norm.forward(hidden), ctx, step)
+        self.mlp.add_to(hidden, self.mlp_norm.forward(hidden), ctx)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Decoder:
         step = Step(prepare(meta, shape), cos, sin)
         hidden = self.embedding.embed(input_ids)
         for block in self.blocks:
-            hidden = block.forward(hidden, ctx, step)
+            block.forward(hidden, ctx, step)
         return self.norm.forward(hidden)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

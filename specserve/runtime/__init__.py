@@ -1,1 +1,1 @@
-"""Tensors: device rows, KV caches, the ModelRunner and its executor."""
+"""Tensors: device rows, KV caches, CUDA graphs, and the ModelRunner that carries out plans."""

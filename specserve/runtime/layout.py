@@ -1,61 +1,77 @@
-"""StepLayout: where each token of a forward comes from, as index tensors that depend on host-known shapes alone.
-
-Steady decoding repeats the same shapes for many steps, so the tensors are kept.
-"""
+"""StepLayout: where each token of a forward comes from, as index tensors that depend on host-known shapes alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from specserve.core.plan import PlanRow
+from specserve.runtime.packing import Packer
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepLayout:
-    """B sequences of `query_lens` tokens laid one after another, T in all.
+    """B sequences of `query_lens` tokens laid one after another, T in all; sequence b belongs to device row `rows[b]`.
 
-    `sequence` [T]: which sequence a token belongs to; `offset` [T]: its place therein. `uniform`: all of one length.
+    row_index [B], query_start [B + 1] (the first token of each; the last entry is T), sequence [T] (which sequence a
+    token belongs to), offset [T] (its place therein): int64 on the device.
     """
 
+    rows: tuple[int, ...]
     query_lens: tuple[int, ...]
+    row_index: Tensor
+    query_start: Tensor
     sequence: Tensor
     offset: Tensor
 
 
-@lru_cache(maxsize=256)
-def step_layout(query_lens: tuple[int, ...], device: torch.device) -> StepLayout:
-    """The layout for these query lengths."""
-    lens = torch.tensor(query_lens)
-    sequence = torch.repeat_interleave(torch.arange(len(query_lens)), lens)
-    offset = torch.arange(len(sequence)) - (lens.cumsum(0) - lens)[sequence]
-    return StepLayout(query_lens, sequence.to(device), offset.to(device))
+class PackedLayout(NamedTuple):
+    """A layout whose tensors are handles into a step's buffer."""
+
+    rows: tuple[int, ...]
+    query_lens: tuple[int, ...]
+    handles: tuple[slice, slice, slice, slice]
+
+    def on_device(self, packed: Packer) -> StepLayout:
+        return StepLayout(self.rows, self.query_lens, *(packed[handle] for handle in self.handles))
 
 
-@lru_cache(maxsize=256)
-def sample_index(
-    query_lens: tuple[int, ...], samples: tuple[bool, ...], num_drafts: tuple[int, ...], device: torch.device
-) -> Tensor | None:
+def pack_layout(rows: Sequence[int], query_lens: Sequence[int], packer: Packer) -> PackedLayout:
+    """Put the layout's index tensors into the step's buffer."""
+    lens = np.asarray(query_lens, dtype=np.int64)
+    start = np.concatenate(([0], np.cumsum(lens)))
+    sequence = np.repeat(np.arange(len(lens)), lens)
+    offset = np.arange(start[-1]) - start[sequence]
+    arrays = (np.asarray(rows, dtype=np.int64), start, sequence, offset)
+    first, second, third, fourth = (packer.add(array) for array in arrays)
+    return PackedLayout(tuple(rows), tuple(query_lens), (first, second, third, fourth))
+
+
+def uniform_layout(rows: tuple[int, ...], row_index: Tensor, count: int) -> StepLayout:
+    """`count` tokens of each row; made on the device."""
+    batch, device = len(rows), row_index.device
+    tokens = torch.arange(batch * count, device=device)
+    sequence = tokens // count if count > 1 else tokens
+    query_start = torch.arange(batch + 1, device=device) * count
+    return StepLayout(rows, (count,) * batch, row_index, query_start, sequence, tokens - sequence * count)
+
+
+def sample_index(plan_rows: Sequence[PlanRow]) -> list[int] | None:
     """Token indices [S * (K+1)] whose logits the S sampling rows need; None if that is every token in order.
 
     A row's last 1+k tokens are wanted; rows with fewer drafts than the maximum K repeat their last one.
     """
-    width = max((k for k, wanted in zip(num_drafts, samples, strict=True) if wanted), default=0)
+    width = max((row.num_drafts for row in plan_rows if row.samples), default=0)
     index: list[int] = []
     end = 0
-    for length, wanted, drafts in zip(query_lens, samples, num_drafts, strict=True):
-        end += length
-        if wanted:
-            first = end - 1 - drafts
+    for row in plan_rows:
+        end += row.num_new + row.num_drafts
+        if row.samples:
+            first = end - 1 - row.num_drafts
             index += [min(first + j, end - 1) for j in range(width + 1)]
-    if index == list(range(sum(query_lens))):
-        return None
-    return torch.tensor(index, dtype=torch.int64, device=device)
-
-
-@lru_cache(maxsize=256)
-def index_tensor(values: Sequence[int], device: torch.device) -> Tensor:
-    """A host tuple of ints as an int64 tensor, kept for the next step that has the same."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    return None if index == list(range(end)) else index

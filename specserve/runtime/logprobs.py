@@ -1,4 +1,4 @@
-"""Log-probabilities of a step's tokens as plain data."""
+"""Log-probabilities of a step's tokens: asked for on the device, plain data on the host."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from specserve.core.messages import TokenLogprobs
-from specserve.sampling.logprobs import logprobs
+from specserve.sampling.logprobs import Logprobs
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, wanted: Sequence[int | None]) -> list[list[TokenLogprobs]]:
-    """For raw logits [S, K+1, vocab] and tokens [S, K+1]: per row what it asked for (None: an empty list)."""
-    rows: list[list[TokenLogprobs]] = [[] for _ in wanted]
-    asking = [row for row, count in enumerate(wanted) if count is not None]
-    if not asking:
-        return rows
-    most = max(count for count in wanted if count is not None)
-    chosen_tokens = tokens[asking]
-    found = logprobs(logits[asking], chosen_tokens, most)
+def token_logprobs(tokens: Tensor, found: Logprobs, top: Sequence[int]) -> list[list[TokenLogprobs]]:
+    """For tokens [N, K+1] and what `sampling.logprobs` found of them, on the host: per row one entry a token, each with
+    its row's `top` likeliest tokens."""
     values, top_values, top_tokens = found.chosen.tolist(), found.top_values.tolist(), found.top_tokens.tolist()
-    for index, row in enumerate(asking):
-        count = wanted[row]
-        for j, token in enumerate(chosen_tokens[index].tolist()):
-            top = list(zip(top_tokens[index][j], top_values[index][j], strict=True))[:count]
-            rows[row].append(TokenLogprobs(token, values[index][j], top))
+    rows = []
+    for row, own in enumerate(tokens.tolist()):
+        tops = [
+            list(zip(ids, numbers, strict=True))[: top[row]]
+            for ids, numbers in zip(top_tokens[row], top_values[row], strict=True)
+        ]
+        rows.append([TokenLogprobs(*entry) for entry in zip(own, values[row], tops, strict=True)])
     return rows

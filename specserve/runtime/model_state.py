@@ -8,13 +8,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specserve.layers.context import ForwardContext
+from specserve.layers.context import ForwardContext, LoraApplier
 from specserve.layers.linear import Linear
 from specserve.models.spec import ModelSpec
 from specserve.runtime.layout import StepLayout
 from specserve.runtime.rows import DeviceRows
 from specserve_adapters.pool import AdapterPool
 from specserve_kernels.attention import AttentionMetadata
+from specserve_kernels.inputs import gather_inputs
 
 
 class Model(Protocol):
@@ -54,26 +55,33 @@ class ModelState:
     def forward(
         self,
         rows: DeviceRows,
-        row_list: tuple[int, ...],
-        row_index: Tensor,
         layout: StepLayout,
         positions: Tensor,
         context_bounds: tuple[int, ...],
+        *,
+        with_adapters: bool | None = None,
     ) -> Tensor:
         """Hidden states [T, hidden] of the rows' history at `positions` [T]; their KV is written on the way.
 
-        Positions that were never given a block (over-long rows) write to block 0.
+        Positions that were never given a block (over-long rows) write to block 0. `with_adapters`: whether to apply
+        the rows' adapters; None: if the host knows that one of the rows has any.
         """
-        row_of_token = row_index[layout.sequence]  # [T]
-        input_ids = rows.history[row_of_token, positions]
-        blocks = rows.block_tables[row_of_token, positions // self.block_size]
+        token_rows = layout.row_index[layout.sequence]  # [T]
+        input_ids, slots = gather_inputs(token_rows, positions, rows.history, rows.block_tables, self.block_size)
         metadata = AttentionMetadata(
             positions=positions.clamp(max=self.model.spec.max_model_len - 1),
-            slot_mapping=blocks * self.block_size + positions % self.block_size,
-            block_tables=rows.block_tables[row_index],
+            slot_mapping=slots,
+            block_tables=rows.block_tables,
+            rows=layout.row_index,
+            query_start=layout.query_start,
             query_lens=layout.query_lens,
             context_bounds=context_bounds,
             block_size=self.block_size,
         )
-        lora = self.adapters.make_batch([rows.adapters[row] for row in row_list], layout.query_lens)
+        if with_adapters is None:
+            with_adapters = any(rows.adapters[row] for row in layout.rows)
+        lora = self._lora(rows, layout, token_rows) if with_adapters else None
         return self.model.forward(input_ids, ForwardContext(metadata, self.kv_caches, lora))
+
+    def _lora(self, rows: DeviceRows, layout: StepLayout, token_rows: Tensor) -> LoraApplier | None:
+        return self.adapters.make_batch([rows.adapters[row] for row in layout.rows], layout.query_lens)

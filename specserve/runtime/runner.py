@@ -1,22 +1,32 @@
-"""ModelRunner: carries out a StepPlan on the device and reports a StepResult. It never changes a Request."""
+"""ModelRunner: carries out StepPlans on the device and reports StepResults. It never changes a Request.
+
+On a GPU nothing here waits for the device: a step is queued, its results travel back on their own, and whoever holds
+the ticket waits for them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from specserve.core.plan import PlanRow, RowResult, StepPlan, StepResult
+from specserve.core.plan import PlanRow, StepPlan
+from specserve.device import upload
 from specserve.runtime.drafting import Drafter
-from specserve.runtime.layout import index_tensor, sample_index, step_layout
-from specserve.runtime.logprobs import token_logprobs
+from specserve.runtime.graphs import DecodeGraphs
+from specserve.runtime.layout import uniform_layout
 from specserve.runtime.model_state import ModelState
 from specserve.runtime.rows import DeviceRows
+from specserve.runtime.step import StepInputs, StepPacker
+from specserve.runtime.ticket import AskedLogprobs, EmptyStep, SampledStep, Ticket
+from specserve.sampling.logprobs import logprobs
 from specserve.sampling.processors import process
 from specserve.speculation.proposer import Drafts
 from specserve.speculation.registry import ProposerRegistry
 from specserve_adapters.host_adapter import HostAdapter
+from specserve_kernels.commit import commit_tokens
 from specserve_kernels.rejection import Verified, verify
 
 HostAdapters = Callable[[str], tuple[HostAdapter, HostAdapter | None]]
@@ -43,122 +53,106 @@ class ModelRunner:
         self.rows = rows
         self.host_adapters = host_adapters
         self.device = device
-        self.drafter = Drafter(proposers, rows, draft, device)
+        self.graphs: DecodeGraphs | None = None
+        self.drafter = Drafter(proposers, rows, draft)
+        self._packer = StepPacker(rows, proposers.keeps_kv(), device)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        self._apply(plan)
-        if not plan.rows:
-            return StepResult(step_id=plan.step_id, rows=[])
+    def submit(self, plan: StepPlan) -> Ticket:
+        """Queue a step on the device."""
+        self._load_adapters(plan)
+        inputs = self._packer.prepare(plan)
+        if inputs is None:
+            return EmptyStep(plan)
         sampling_rows = [row for row in plan.rows if row.samples]
-        self.drafter.catch_up(plan.rows)
-        drafts = self.drafter.propose(sampling_rows, self.target.model.spec.vocab_size)
+        if inputs.catch_up is not None:
+            self.drafter.catch_up(inputs.catch_up, tuple(r.context_bound for r in plan.rows if r.draft_prefill))
+        vocab_size = self.target.model.spec.vocab_size
+        drafts = self.drafter.propose(inputs.draft_groups, len(sampling_rows), vocab_size)
         if drafts is not None:
-            self._note_drafts(sampling_rows, drafts)
-        logits = self._forward(plan.rows)  # [S, K+1, vocab] | None
+            self._note_drafts(inputs.sampling_rows, drafts)
+        logits = self._forward(plan.rows, inputs)  # [S, K+1, vocab] | None
         if logits is None:
-            return StepResult(step_id=plan.step_id, rows=[RowResult(token_ids=[]) for _ in plan.rows])
-        verified = self._verify(sampling_rows, logits, drafts)
-        self._commit(sampling_rows, verified)
-        return self._result(plan, sampling_rows, logits, drafts, verified)
+            return EmptyStep(plan)
+        verified = self._verify(sampling_rows, inputs.sampling_rows, logits, drafts)
+        committed = self._commit(inputs, verified)
+        drafted = None if drafts is None else drafts.counts
+        return SampledStep(plan, committed, drafted, self._logprobs(sampling_rows, logits, verified.tokens))
 
     @torch.inference_mode()
     def probe(self) -> None:
         """A verification's forward that changes nothing: row 0, which has no request yet, writes to block 0."""
-        layout = step_layout((PROBE_TOKENS,), self.device)
-        row_index = index_tensor((0,), self.device)
-        hidden = self.target.forward(self.rows, (0,), row_index, layout, layout.offset, (PROBE_TOKENS,))
-        self.target.model.compute_logits(hidden)
+        self.forward_rows((0,), PROBE_TOKENS, PROBE_TOKENS)
 
-    def _apply(self, plan: StepPlan) -> None:
+    @torch.inference_mode()
+    def forward_rows(self, rows: tuple[int, ...], count: int, context_bound: int) -> Tensor:
+        """Logits [B, vocab] of the last of `count` tokens from position 0 on of each of `rows`; for measuring."""
+        layout = uniform_layout(rows, upload(np.asarray(rows, dtype=np.int64), self.device), count)
+        hidden = self.target.forward(self.rows, layout, layout.offset, (context_bound,) * len(rows))
+        return self.target.model.compute_logits(hidden[count - 1 :: count])
+
+    def _load_adapters(self, plan: StepPlan) -> None:
         for load in plan.adapter_loads:
             target, companion = self.host_adapters(load.version)
             self.target.adapters.load_slot(load.slot, target)
             if self.draft is not None:
                 self.draft.adapters.load_slot(load.slot, companion)
-        for new in plan.new_rows:
-            self.rows.take(new)
-        for change in plan.blocks:
-            self.rows.append_blocks(change)
 
-    def _note_drafts(self, rows: list[PlanRow], drafts: Drafts) -> None:
+    def _note_drafts(self, row_index: Tensor, drafts: Drafts) -> None:
         """Put drafts behind the rows' committed tokens, where the target's forward reads its input."""
-        row_index = index_tensor(tuple(row.row for row in rows), self.device)
         steps = torch.arange(drafts.tokens.shape[1], device=self.device)
         columns = self.rows.num_tokens[row_index].unsqueeze(1) + steps  # [S, K]
         self.rows.history[row_index.unsqueeze(1), columns] = drafts.tokens
 
-    def _forward(self, plan_rows: list[PlanRow]) -> Tensor | None:
+    def _forward(self, plan_rows: list[PlanRow], inputs: StepInputs) -> Tensor | None:
         """Logits [S, K+1, vocab] of the S sampling rows, each row's last 1+k tokens first; None if no row samples."""
-        row_list = tuple(row.row for row in plan_rows)
-        row_index = index_tensor(row_list, self.device)
-        query_lens = tuple(row.num_new + row.num_drafts for row in plan_rows)
-        layout = step_layout(query_lens, self.device)
-        hidden = self.target.forward(
-            self.rows, row_list, row_index, layout,
-            self._starts(plan_rows, row_index)[layout.sequence] + layout.offset,
-            tuple(row.context_bound for row in plan_rows),
-        )  # fmt: skip
-        samples = tuple(row.samples for row in plan_rows)
-        if not any(samples):
+        layout = inputs.layout
+        if self.graphs is not None and self.graphs.can_run(plan_rows):
+            return self.graphs.run(layout).unsqueeze(1)
+        bounds = tuple(row.context_bound for row in plan_rows)
+        positions = self._starts(inputs)[layout.sequence] + layout.offset
+        hidden = self.target.forward(self.rows, layout, positions, bounds)
+        num_sampling = inputs.sampling_rows.shape[0]
+        if not num_sampling:
             return None
-        wanted = sample_index(query_lens, samples, tuple(row.num_drafts for row in plan_rows), self.device)
-        logits: Tensor = self.target.model.compute_logits(hidden if wanted is None else hidden[wanted])
-        return logits.view(sum(samples), -1, logits.shape[-1])
+        wanted = hidden if inputs.sample_index is None else hidden[inputs.sample_index]
+        logits: Tensor = self.target.model.compute_logits(wanted)
+        return logits.view(num_sampling, -1, logits.shape[-1])
 
-    def _starts(self, plan_rows: list[PlanRow], row_index: Tensor) -> Tensor:
+    def _starts(self, inputs: StepInputs) -> Tensor:
         """First position of each row [B]: a prefill chunk's is the plan's, a decode row's is its last token's."""
-        decodes = sum(row.start is None for row in plan_rows)
-        last = self.rows.num_tokens[row_index] - 1
-        if decodes < len(plan_rows):
-            last[decodes:] = torch.tensor([row.start for row in plan_rows[decodes:]], device=self.device)
-        return last
+        last = self.rows.num_tokens[inputs.layout.row_index] - 1
+        chunks = inputs.starts.shape[0]
+        return last if not chunks else torch.cat((last[:-chunks], inputs.starts))
 
-    def _verify(self, rows: list[PlanRow], logits: Tensor, drafts: Drafts | None) -> Verified:
-        row_list = tuple(row.row for row in rows)
-        row_index = index_tensor(row_list, self.device)
+    def _verify(self, rows: list[PlanRow], row_index: Tensor, logits: Tensor, drafts: Drafts | None) -> Verified:
         num_tokens = self.rows.num_tokens[row_index]  # [S]
         if drafts is None:
             drafts = Drafts(num_tokens.new_zeros(len(rows), 0), torch.zeros_like(num_tokens))
-        sampling = self.rows.sampling.gather(row_list).with_history(self.rows.num_tokens, self.rows.history)
+        sampling = self.rows.sampling.gather(tuple(row.row for row in rows))
+        sampling = sampling.with_history(self.rows.num_tokens, self.rows.history)
         processed = process(logits, sampling, drafts.tokens)
         return verify(
             processed, drafts.tokens, drafts.counts, drafts.probs, sampling.seed, num_tokens, sampling.temperature,
             sampling.is_coupled, any_coupled=sampling.any_coupled, any_rejection=sampling.any_rejection,
         )  # fmt: skip
 
-    def _commit(self, rows: list[PlanRow], verified: Verified) -> None:
-        row_index = index_tensor(tuple(row.row for row in rows), self.device)
-        if self.draft is not None:
-            self._commit_draft(rows, row_index, verified)
-        self.rows.commit(row_index, verified.tokens, verified.num_tokens)
+    def _commit(self, inputs: StepInputs, verified: Verified) -> Tensor:
+        """Counts and tokens [S, K+2], now behind the rows' history."""
+        rows, row_index = self.rows, inputs.sampling_rows
+        if inputs.draft_limits is not None:
+            # After k passes the draft's KV is right for the old tokens and all accepted drafts but the k-th.
+            limit = inputs.draft_limits
+            right = rows.num_tokens[row_index] + torch.minimum(verified.num_accepted, limit - 1)
+            before = rows.num_draft_computed[row_index]
+            rows.num_draft_computed.index_copy_(0, row_index, torch.where(limit > 0, right, before))
+        return commit_tokens(rows.history, rows.num_tokens, row_index, verified.tokens, verified.num_tokens)
 
-    def _commit_draft(self, rows: list[PlanRow], row_index: Tensor, verified: Verified) -> None:
-        """After k passes the draft's KV is right for the old tokens and all accepted drafts but the k-th."""
-        keeps_kv = self.drafter.proposers.keeps_kv()
-        passes = tuple(row.num_drafts if row.proposer and keeps_kv[row.proposer] else 0 for row in rows)
-        if not any(passes):
-            return
-        limit = index_tensor(passes, self.device)
-        right = self.rows.num_tokens[row_index] + torch.minimum(verified.num_accepted, limit - 1)
-        before = self.rows.num_draft_computed[row_index]
-        self.rows.num_draft_computed[row_index] = torch.where(limit > 0, right, before)
-
-    def _result(
-        self, plan: StepPlan, rows: list[PlanRow], logits: Tensor, drafts: Drafts | None, verified: Verified
-    ) -> StepResult:
-        tokens, counts = verified.tokens.tolist(), verified.num_tokens.tolist()
-        drafted = drafts.counts.tolist() if drafts is not None else [0] * len(rows)
+    def _logprobs(self, rows: list[PlanRow], logits: Tensor, tokens: Tensor) -> AskedLogprobs | None:
         wanted = [self.rows.num_logprobs[row.row] for row in rows]
-        logprobs = token_logprobs(logits, verified.tokens, wanted)  # per row
-        results = {
-            id(row): RowResult(
-                token_ids=tokens[i][: counts[i]],
-                num_drafted=drafted[i],
-                num_accepted=counts[i] - 1,
-                logprobs=logprobs[i][: counts[i]] if wanted[i] is not None else None,
-            )
-            for i, row in enumerate(rows)
-        }
-        empty = RowResult(token_ids=[])
-        return StepResult(step_id=plan.step_id, rows=[results.get(id(row), empty) for row in plan.rows])
+        asking = [index for index, top in enumerate(wanted) if top is not None]
+        if not asking:
+            return None
+        top = [count for count in wanted if count is not None]
+        index = upload(np.asarray(asking, dtype=np.int64), self.device)
+        return AskedLogprobs(asking, top, logprobs(logits[index], tokens[index], max(top)))

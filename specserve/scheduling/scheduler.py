@@ -220,7 +220,7 @@ class Scheduler:
             request.queue_seconds = self.clock() - request.queued_at
             request.cached_tokens = min(request.num_computed_tokens, request.prompt_len)
             self.stats.prompt_tokens += request.prompt_len
-        draft.new_rows.append(
+        draft.enter(
             NewRow(
                 row=request.row, token_ids=list(request.token_ids), prompt_len=request.prompt_len,
                 params=request.params, seed=request.seed, stop_ids=request.stop_ids, adapters=slots,

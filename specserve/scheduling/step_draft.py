@@ -36,6 +36,13 @@ class StepDraft:
         """In the plan's order: decodes first."""
         return self.decodes + self.prefills
 
+    def enter(self, new: NewRow) -> None:
+        """A request takes a row; whoever took it earlier in this step, and was preempted, is forgotten."""
+        if any(other.row == new.row for other in self.new_rows):
+            self.new_rows = [other for other in self.new_rows if other.row != new.row]
+            self.blocks = [change for change in self.blocks if change.row != new.row]
+        self.new_rows.append(new)
+
     def append_blocks(self, request: Request, start: int) -> None:
         """Tell the device of the request's blocks from index `start` on, if there are any."""
         if start < len(request.block_ids):

@@ -55,5 +55,4 @@ class DraftModelProposer:
             if q is not None:
                 probs.append(q)
             positions = position.unsqueeze(1)  # [B, 1]
-        counts = torch.tensor(batch.num_drafts, device=tokens.device)
-        return Drafts(tokens, counts, torch.stack(probs, dim=1) if probs else None)
+        return Drafts(tokens, batch.limits, torch.stack(probs, dim=1) if probs else None)

@@ -24,9 +24,8 @@ class NgramProposer:
     keeps_kv = False
 
     def propose(self, batch: DraftBatch) -> Drafts:
-        limit = torch.tensor(batch.num_drafts, device=batch.rows.device)  # [B]
         tokens, counts = ngram_lookup(batch.history[batch.rows], batch.num_tokens, batch.max_drafts)
-        return Drafts(tokens, torch.minimum(counts, limit))
+        return Drafts(tokens, torch.minimum(counts, batch.limits))
 
 
 def ngram_lookup(history: Tensor, num_tokens: Tensor, max_drafts: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ row's last position. It writes the draft's KV at those positions and applies the
 
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
-    """Rows to draft for. `num_drafts[i]` ≥ 1 is how many drafts row i may get; K is their maximum.
+    """Rows to draft for. `num_drafts[i]` ≥ 1 is how many drafts row i may get, and `limits` [B] int64 says the same on
+    the device; K is their maximum.
 
     `history` [R, width] int64 and `lengths` [R] int64 are those of all device rows, `rows` [B] int64 picks this
     batch's, `num_tokens` = lengths[rows]. Columns from a row's length on are scratch: a drafted token is written there
@@ -26,6 +27,7 @@ class DraftBatch:
 
     rows: Tensor
     num_drafts: tuple[int, ...]
+    limits: Tensor
     history: Tensor
     lengths: Tensor
     num_tokens: Tensor

@@ -43,7 +43,8 @@ def propose(
         sampling.set_row(row, params, 1000 + row, (), len(prompt), method)
     rows, lengths = torch.arange(count), torch.tensor([len(prompt) for prompt in prompts])
     model = TableModel(rows, history)
-    batch = DraftBatch(rows, num_drafts, history, lengths, lengths, sampling.gather(range(count)), model)
+    limits = torch.tensor(num_drafts)
+    batch = DraftBatch(rows, num_drafts, limits, history, lengths, lengths, sampling.gather(range(count)), model)
     return DraftModelProposer().propose(batch), model, sampling, lengths
 
 

@@ -22,7 +22,7 @@ def one_hot(tokens: list[list[int]], counts: list[int]) -> Drafts:
 
 def test_rows_keep_their_own() -> None:
     model, ngram = with_probs(2, 3), one_hot([[4, 5], [6, 1]], [2, 1])
-    merged = merge_drafts([([4, 1], model), ([0, 3], ngram)], 5, VOCAB)
+    merged = merge_drafts([(torch.tensor([4, 1]), model), (torch.tensor([0, 3]), ngram)], 5, VOCAB)
     assert merged.counts.tolist() == [2, 3, 0, 1, 3]
     assert merged.probs is not None and model.probs is not None
     for row, part in ((4, 0), (1, 1)):
@@ -35,7 +35,8 @@ def test_rows_keep_their_own() -> None:
 
 
 def test_nobody_has_probs() -> None:
-    merged = merge_drafts([([1], one_hot([[4, 5, 6]], [3])), ([0], one_hot([[2]], [0]))], 3, VOCAB)
+    first, second = (torch.tensor([1]), one_hot([[4, 5, 6]], [3])), (torch.tensor([0]), one_hot([[2]], [0]))
+    merged = merge_drafts([first, second], 3, VOCAB)
     assert merged.probs is None
     assert merged.counts.tolist() == [0, 3, 0]
     assert merged.tokens.shape == (3, 3) and merged.tokens[1].tolist() == [4, 5, 6]

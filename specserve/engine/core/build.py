@@ -95,7 +95,7 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = ())
     states = [_state(config, model, num_blocks, device) for model in models]
     rows = DeviceRows(
         config.max_num_seqs, max_model_len, slack=2 * (MAX_DRAFTS + 1), block_size=config.block_size,
-        vocab_size=target.spec.vocab_size, device=device,
+        vocab_size=target.spec.vocab_size, max_adapters=config.max_adapters_per_request, device=device,
         dtype=torch.float64 if target.spec.dtype == torch.float64 else torch.float32,
     )  # fmt: skip
     runner = ModelRunner(states[0], states[1] if draft else None, rows, proposers, adapters.host, device)

@@ -27,8 +27,8 @@ from specserve.core.messages import (
 )  # fmt: skip
 from specserve.core.sampling_params import SamplingParams
 from specserve.engine.core.build import Resolved, build_engine, dtype_name
-from specserve.runtime.executor import Executor, InlineExecutor, Ticket
 from specserve.runtime.threads import fastest_thread_count
+from specserve.runtime.ticket import Executor, Ticket
 from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.request import Request
 from specserve.scheduling.scheduler import Scheduler
@@ -62,7 +62,7 @@ class EngineCore:
             draft_kv=built.proposers.keeps_kv(),
             cheap_tokens=built.cheap_tokens,
         )
-        self.executor: Executor = InlineExecutor(built.runner.execute)
+        self.executor: Executor = built.runner
         self._tickets: deque[Ticket] = deque()
         self._done: list[RequestOutput] = []  # ended without a step
         self._loads: dict[int, LoadTicket] = {}  # by call id

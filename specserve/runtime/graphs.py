@@ -1,0 +1,90 @@
+"""The target's decode step as CUDA graphs: one for each bucket of rows, from row numbers to logits.
+
+A graph reads everything but the row numbers from the device rows, so a steady decode sends nothing to the device. Rows
+beyond a step's own are the padding row, whose one token in block 0 nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from specserve.core.plan import PlanRow
+from specserve.device import Graph, capturing
+from specserve.runtime.layout import StepLayout, uniform_layout
+from specserve.runtime.model_state import ModelState
+from specserve.runtime.rows import DeviceRows
+
+SMALL_BUCKETS = (1, 2, 4)
+BUCKET_STEP = 8
+
+
+def buckets(max_rows: int) -> list[int]:
+    """Numbers of rows that graphs are captured for: 1, 2, 4, then every multiple of 8 up to `max_rows`, which is the
+    last. At 8 rows and more, padding costs less than 8 rows' worth of KV, which is nothing: they are one token long."""
+    sizes = (*SMALL_BUCKETS, *range(BUCKET_STEP, max_rows, BUCKET_STEP))
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+class DecodeGraphs:
+    """`capture` once, then `run` wherever `can_run` says so. `max_context`: no row's KV is ever longer."""
+
+    def __init__(self, target: ModelState, rows: DeviceRows, max_context: int, device: torch.device) -> None:
+        self._target = target
+        self._rows = rows
+        self._max_context = max_context
+        self._device = device
+        self._row_index: dict[int, Tensor] = {}  # bucket → [bucket] int64, a graph's input
+        self._graphs: dict[tuple[int, bool], Graph] = {}  # (bucket, with adapters)
+        self._current: dict[int, tuple[int, ...]] = {}  # bucket → the rows that its input holds
+        self._bucket_of: list[int] = []  # by number of rows
+
+    @torch.inference_mode()
+    def capture(self, max_rows: int, adapters: Sequence[bool], progress: Callable[[list[int]], Sequence[int]]) -> None:
+        """One graph a bucket and kind of batch (without and with adapters), the largest first: the others reuse its
+        memory."""
+        sizes = buckets(max_rows)
+        self._bucket_of = [next(size for size in sizes if size >= count) for count in range(max_rows + 1)]
+        for size in sizes:
+            self._row_index[size] = torch.full((size,), self._rows.padding_row, device=self._device)
+            self._current[size] = ()
+        for with_adapters in adapters:
+            self._decode(sizes[-1], with_adapters)  # compiles the kernels
+        with capturing(self._device) as pool:
+            for size in progress(sizes[::-1]):
+                for with_adapters in adapters:
+                    self._decode(size, with_adapters)  # picks the libraries' kernels for this size
+                    work = _bind(self._decode, size, with_adapters)
+                    self._graphs[size, with_adapters] = Graph(work, pool)
+
+    def can_run(self, plan_rows: Sequence[PlanRow]) -> bool:
+        """Whether every row of the step decodes one token."""
+        return len(plan_rows) < len(self._bucket_of) and all(
+            row.start is None and not row.num_drafts for row in plan_rows
+        )
+
+    def run(self, layout: StepLayout) -> Tensor:
+        """Logits [B, vocab] of the rows' next tokens; they hold until the next run."""
+        count = len(layout.rows)
+        size = self._bucket_of[count]
+        if self._current[size] != layout.rows:
+            self._row_index[size][:count].copy_(layout.row_index)
+            if count < len(self._current[size]):
+                self._row_index[size][count:].fill_(self._rows.padding_row)
+            self._current[size] = layout.rows
+        with_adapters = any(self._rows.adapters[row] for row in layout.rows)
+        return self._graphs[size, with_adapters].replay()[:count]
+
+    def _decode(self, size: int, with_adapters: bool) -> Tensor:
+        row_index = self._row_index[size]
+        layout = uniform_layout((self._rows.padding_row,) * size, row_index, 1)
+        positions = self._rows.num_tokens[row_index] - 1
+        bounds = (self._max_context,) * size
+        hidden = self._target.forward(self._rows, layout, positions, bounds, with_adapters=with_adapters)
+        return self._target.model.compute_logits(hidden)
+
+
+def _bind(decode: Callable[[int, bool], Tensor], size: int, with_adapters: bool) -> Callable[[], Tensor]:
+    return lambda: decode(size, with_adapters)
