@@ -28,9 +28,11 @@ class DecoderShape:
     norm_eps: float
     rope: Mapping[str, Any]  # see layers.rotary
     tied_embeddings: bool
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False  # of attention's output
     mlp_bias: bool = False
     head_norm: bool = False  # queries and keys are normed per head
+    windows: tuple[int | None, ...] = ()  # of each layer, see hf_config.layer_windows
 
 
 def build(spec: ModelSpec, shape: DecoderShape, device: torch.device) -> Decoder:
@@ -76,14 +78,15 @@ class _Builder:
         )
 
     def _attention(self, layer: int, prefix: str) -> Attention:
-        spec, bias = self._spec, self._shape.attention_bias
+        spec, shape = self._spec, self._shape
         queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         qkv_parts = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
-        qkv = self._linear(layer, prefix, spec.hidden_size, qkv_parts, bias=bias)
-        out = self._linear(layer, prefix, queries, {"self_attn.o_proj": spec.hidden_size}, bias=bias)
+        qkv = self._linear(layer, prefix, spec.hidden_size, qkv_parts, bias=shape.qkv_bias)
+        out = self._linear(layer, prefix, queries, {"self_attn.o_proj": spec.hidden_size}, bias=shape.out_bias)
         return Attention(
-            layer, qkv, out, self._head_norm(prefix + "self_attn.") if self._shape.head_norm else None,
+            layer, qkv, out, self._head_norm(prefix + "self_attn.") if shape.head_norm else None,
             heads=spec.num_heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+            window=shape.windows[layer] if shape.windows else None,
         )  # fmt: skip
 
     def _mlp(self, layer: int, prefix: str) -> GatedMLP:

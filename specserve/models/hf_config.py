@@ -40,6 +40,29 @@ def rope_parameters(config: Any) -> Mapping[str, Any]:
     return rope
 
 
+def layer_windows(config: Any) -> tuple[int | None, ...]:
+    """Each layer's sliding window in tokens, None where a layer sees the whole context; () where all do.
+
+    With a window w, position p sees keys at p - w < j <= p, as in transformers. `layer_types` names the layers that
+    have one; without it all do. A window as long as the context hides nothing.
+    """
+    window = config.sliding_window
+    everywhere = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or everywhere
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ModelLoadError(
+            f"The config's layer_types name {unknown[0]!r}; supported are 'full_attention' and 'sliding_attention'."
+        )
+    if "sliding_attention" not in kinds:
+        return ()
+    if window is None or window < 1:
+        raise ModelLoadError(f"The config's sliding_window is {window!r}; sliding attention needs at least 1.")
+    if window >= config.max_position_embeddings:
+        return ()
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
 def require(config: Any, field: str, *supported: Any) -> None:
     """Reject a config whose `field` is set to what the family file does not compute."""
     value = getattr(config, field, None)

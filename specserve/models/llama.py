@@ -16,6 +16,7 @@ def shape(config: Any) -> DecoderShape:
         norm_eps=config.rms_norm_eps,
         rope=rope_parameters(config),
         tied_embeddings=bool(config.tie_word_embeddings),
-        attention_bias=bool(config.attention_bias),
+        qkv_bias=bool(config.attention_bias),
+        out_bias=bool(config.attention_bias),
         mlp_bias=bool(config.mlp_bias),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from specserve.core.errors import ModelLoadError
-from specserve.models import llama, qwen3
+from specserve.models import llama, mistral, qwen2, qwen3
 from specserve.models.builder import DecoderShape, build
 from specserve.models.decoder import Decoder
 from specserve.models.hf_config import model_spec
@@ -17,6 +17,8 @@ from specserve.models.hf_config import model_spec
 FAMILIES: Mapping[str, Callable[[Any], DecoderShape]] = MappingProxyType(
     {
         "LlamaForCausalLM": llama.shape,
+        "MistralForCausalLM": mistral.shape,
+        "Qwen2ForCausalLM": qwen2.shape,
         "Qwen3ForCausalLM": qwen3.shape,
     }
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from msgspec.structs import replace as with_fields
 
-from lawbook.cases import FAMILIES, MIXES, Case
+from lawbook.cases import FAMILIES, MIXES, Case, over
 from lawbook.engines import run
 from lawbook.mixes import Ask, asks, speculating
 from lawbook.oracles import logits_of, peft_model
@@ -44,9 +44,7 @@ def compare(zoo: Zoo, ask: Ask, output: Output) -> int:
     return int(exempt.sum())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("method", ["rejection", "coupled"])
+@over(family=FAMILIES, mix=MIXES, method=("rejection", "coupled"))
 def test_transformers_and_peft_agree(
     family: str, mix: str, method: str, zoo: Callable[[str], Zoo], open_case: Callable[..., LLM]
 ) -> None:

@@ -13,6 +13,7 @@ from specserve_kernels.tolerances import MODEL
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0}
 ORIGINAL = {"original_max_position_embeddings": 16}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -38,6 +39,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama", {"rope_parameters": {**YARN, **ORIGINAL, "rope_theta": 1e4, "attention_factor": 1.3}},
     ),
     "rope older names": ("Llama", {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral, a window": ("Mistral", {"sliding_window": 7}),
+    "mistral, the narrowest window": ("Mistral", {"sliding_window": 1}),
+    "mistral, a window as long as a text": ("Mistral", {"sliding_window": 40}),
+    "mistral, a window beyond the context": ("Mistral", {"sliding_window": 64}),
+    "mistral, tied, wide heads": ("Mistral", {"sliding_window": 16, "head_dim": 12, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2, a window not used": ("Qwen2", {"sliding_window": 5, "max_window_layers": 0}),
+    "qwen2, a window above": ("Qwen2", {**WINDOW, "max_window_layers": 1}),
+    "qwen2, a window everywhere": ("Qwen2", {**WINDOW, "max_window_layers": 0}),
+    "qwen2, a window nowhere": ("Qwen2", {**WINDOW, "max_window_layers": 2}),
+    "qwen2, a window below": ("Qwen2", {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
+    "qwen3, a window above": ("Qwen3", {**WINDOW, "max_window_layers": 1, "head_dim": 8}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "qwen3 tied, wide heads": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
     "qwen3 attention bias": ("Qwen3", {"head_dim": 8, "attention_bias": True}),
@@ -65,10 +80,18 @@ def test_logits(name: str, save: Any, paged: Any, texts: list[list[int]]) -> Non
             torch.testing.assert_close(logits, saved.logits(text), rtol=rtol, atol=atol)
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"head_dim": 8},
+    "Mistral": {"sliding_window": 7},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 8},
+}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_is_close(family: str, dtype: str, save: Any, paged: Any, texts: list[list[int]]) -> None:
-    saved = save(family, head_dim=8, initializer_range=0.05)
+    saved = save(family, initializer_range=0.05, **FAMILIES[family])
     model = load_model(str(saved.path), dtype=dtype)
     rtol, atol = MODEL[model.spec.dtype]
     for text, logits in zip(texts, paged(model, texts).run(PIECES), strict=True):
@@ -76,9 +99,9 @@ def test_half_precision_is_close(family: str, dtype: str, save: Any, paged: Any,
         torch.testing.assert_close(logits.float(), saved.logits(text), rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_float64_pieces_equal_the_whole(family: str, save: Any, paged: Any, texts: list[list[int]]) -> None:
-    model = load_model(str(save(family, head_dim=8).path), dtype="float64")
+    model = load_model(str(save(family, **FAMILIES[family]).path), dtype="float64")
     rtol, atol = MODEL[torch.float64]
     decodes = [{0: 1, 1: 1, 2: 1}] * 9 + [{0: 1, 1: 1}] * 18 + [{0: 1}] * 13
     whole = paged(model, texts).run(WHOLE)

@@ -86,8 +86,17 @@ def test_unsupported_config(settings: dict[str, Any], words: tuple[str, ...], sa
     rejected(path, *words)
 
 
-def test_qwen3_with_sliding_window(save: Any) -> None:
-    rejected(save("Qwen3", head_dim=8, use_sliding_window=True, sliding_window=8).path, "use_sliding_window")
+@pytest.mark.parametrize("window", [0, None])
+def test_sliding_layers_without_a_window(window: int | None, save: Any) -> None:
+    path = save("Qwen3", head_dim=8, use_sliding_window=True, sliding_window=8, max_window_layers=0).path
+    configure(path, sliding_window=window)
+    rejected(path, "sliding_window", str(window))
+
+
+def test_layers_that_attend_otherwise(save: Any) -> None:
+    path = save("Qwen2").path
+    configure(path, layer_types=["full_attention", "chunked_attention"])
+    rejected(path, "layer_types", "chunked_attention")
 
 
 def test_missing_tensor(save: Any) -> None:

@@ -8,7 +8,7 @@ from itertools import combinations, product
 
 import pytest
 
-FAMILIES = ("llama", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROPOSERS = ("near_draft", "narrow_draft", "ngram", "oracle", "wrong", "random")
 MODES = ("greedy-rejection", "greedy-coupled", "sampled-coupled")
 DEPTHS = (1, 2)

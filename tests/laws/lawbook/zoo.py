@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 VOCAB = 61
 EOS = 2
@@ -34,6 +41,7 @@ ADAPTERS = {
     "a4": {"r": 1, "lora_alpha": 4, "target_modules": ["o_proj", "up_proj"], "layers_to_transform": [1]},
     "a5": {"r": 12, "lora_alpha": 12, "target_modules": ["k_proj", "up_proj", "down_proj"]},
 }
+WINDOW = 11  # shorter than most texts of the laws, and no multiple of a block
 WITH_COMPANION = ("a0", "a1", "a2", "a3")
 
 
@@ -63,6 +71,12 @@ def _config(family: str, **sizes: int) -> PretrainedConfig:
     } | sizes
     if family == "qwen3":
         return Qwen3Config(**shape, tie_word_embeddings=True)
+    if family == "qwen2":  # the second of two layers has a window; it has no head_dim of its own
+        shape["num_attention_heads"] = shape["hidden_size"] // shape.pop("head_dim")
+        window = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+        return Qwen2Config(**shape, **window, tie_word_embeddings=True)
+    if family == "mistral":
+        return MistralConfig(**shape, sliding_window=WINDOW, tie_word_embeddings=False)
     rope = {
         "rope_type": "llama3",
         "rope_theta": 10000.0,
@@ -76,7 +90,12 @@ def _config(family: str, **sizes: int) -> PretrainedConfig:
 
 def _model(family: str, seed: int, **sizes: int) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(_config(family, **sizes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(_config(family, **sizes), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers leaves them zero
+                parameter.normal_(std=0.3)
+    return model
 
 
 def _perturbed(model: torch.nn.Module, seed: int) -> torch.nn.Module:
