@@ -20,8 +20,8 @@ def silu_mul_ref(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _silu_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _silu_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """BLOCK results of one token a program."""
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)

@@ -27,8 +27,8 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     return (x * inverse).mul_(weight).to(x.dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _rms_norm_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["rows"])
+def _rms_norm_kernel(
     x_ptr, weight_ptr, eps_ptr, out_ptr, rows,
     SIZE: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

@@ -30,8 +30,8 @@ def _capable(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def wait(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def wait(PDL: tl.constexpr):
     """Until all earlier kernels have ended; the next kernel may start now, as it too waits for this one's end."""
     if PDL:
         tl.extra.cuda.gdc_wait()

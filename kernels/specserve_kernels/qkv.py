@@ -43,12 +43,12 @@ def rotate_and_cache_ref(
 
 
 @triton.jit
-def _finite(x):  # type: ignore[no-untyped-def]
+def _finite(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _rotate_and_cache_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
+def _rotate_and_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, weight_ptr, eps_ptr, slot_ptr, q_ptr, k_ptr, v_ptr, k_stride, v_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, FINITE: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
