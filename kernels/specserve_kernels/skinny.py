@@ -1,0 +1,227 @@
+"""Products of a few rows with a large matrix, as decoding makes them: y = x Wᵀ, with the neighbours taken in.
+
+    plain     y = x Wᵀ                                 x: [rows, in]; W: [out, in], rows contiguous; y: [rows, out]
+    residual  y = residual + x Wᵀ                      residual: [rows, out], overwritten with y
+    norm      y = rsqrt(mean(x²) + eps) (x * g) Wᵀ     RMSNorm first (g: [in]); its factor is one number a row
+    gated     y = silu(x Wgᵀ) * (x Wuᵀ)                W = [Wg; Wu]: [2 out, in]; SwiGLU (Shazeer 2020); y: [rows, out]
+
+For few rows the time is that of reading W: 2 bytes an element at the memory's speed. So what matters is that W streams
+without a pause: enough bytes in flight (a program owns whole rows of W and asks for much of them early), and no gap
+between two kernels. For the second, a kernel starts while its predecessor still runs (programmatic dependent launch)
+and brings its part of W into the L2 cache before it waits for the predecessor, whose results are all it depends on.
+Hence the rule: W must not have been written by the kernel just before.
+
+One row is a matrix-vector product of fp32 multiplications. More rows go through the tensor cores, W as left operand:
+its rows fill the instruction, the few rows of x are the narrow side. Sums are fp32 in a fixed order: no atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.activation import silu_mul_ref
+from specserve_kernels.dispatch import backend
+from specserve_kernels.language import tl, triton
+from specserve_kernels.norm import rms_norm_ref
+
+
+@triton.jit
+def _fetch(w, program, in_dim, out_dim, first, count, BN: tl.constexpr, GATED: tl.constexpr, THREADS: tl.constexpr):
+    """Asks for `count` columns from `first` on of the program's rows of W into L2; one thread a row does it."""
+    thread = tl.arange(0, THREADS)
+    rows = _weight_rows(thread // (THREADS // BN), program, out_dim, BN, GATED)
+    address = w + rows.to(tl.int64) * in_dim + first
+    size = tl.where(thread % (THREADS // BN) == 0, count * w.dtype.element_ty.primitive_bitwidth // 8, 0)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.ne.u32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [address.to(tl.int64), size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _weight_rows(index, program, out_dim, BN: tl.constexpr, GATED: tl.constexpr):
+    """The program's rows of W; gated: a row of Wg and its partner of Wu in turn. Beyond the end: the last."""
+    if GATED:
+        rows = tl.minimum(program * (BN // 2) + index // 2, out_dim - 1) + (index % 2) * out_dim
+    else:
+        rows = tl.minimum(program * BN + index, out_dim - 1)
+    return rows
+
+
+@triton.jit
+def _one_row_part(weight, x, gain, columns, in_dim, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr):
+    """W [BN, BK] times x, summed over eight columns, which one thread holds: [BN, BK / 8]; so x²: [1, BK / 8]."""
+    inside = columns < in_dim
+    value = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    squares = tl.zeros((1, BK // 8), tl.float32)
+    if NORM:
+        squares = tl.sum(tl.reshape(value * value, (1, BK // 8, 8)), 2)
+        value *= tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
+    return tl.sum(tl.reshape(weight.to(tl.float32) * value, (BN, BK // 8, 8)), 2), squares
+
+
+@triton.jit
+def _one_row_kernel(
+    x, w, out, gain, eps, in_dim, out_dim, fetch,
+    BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program p: BN rows of W times x [in]. fetch: how many columns after the first BK to ask for early."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, BK)[None, :]
+    rows = _weight_rows(tl.arange(0, BN), program, out_dim, BN, GATED)
+    tile = w + rows.to(tl.int64)[:, None] * in_dim + columns
+    first = tl.load(tile, mask=columns < in_dim, other=0.0)
+    if PDL:
+        _fetch(w, program, in_dim, out_dim, BK, fetch, BN, GATED, THREADS)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    sums, squares = _one_row_part(first, x, gain, columns, in_dim, BN, BK, NORM)
+    for start in tl.range(BK, in_dim, BK, num_stages=STAGES):
+        weight = tl.load(tile + start, mask=columns + start < in_dim, other=0.0)
+        more, more_squares = _one_row_part(weight, x, gain, columns + start, in_dim, BN, BK, NORM)
+        sums += more
+        squares += more_squares
+    y = tl.sum(sums, 1)
+    if NORM:
+        y *= tl.rsqrt(tl.sum(squares) / in_dim + tl.load(eps))
+    if GATED:
+        gate, up = tl.split(tl.reshape(y, (BN // 2, 2)))
+        index = program * (BN // 2) + tl.arange(0, BN // 2)
+        y = gate * tl.sigmoid(gate) * up
+    else:
+        index = program * BN + tl.arange(0, BN)
+    if RESIDUAL:
+        y += tl.load(out + index, mask=index < out_dim, other=0.0).to(tl.float32)
+    tl.store(out + index, y.to(out.dtype.element_ty), mask=index < out_dim)
+
+
+@triton.jit
+def _rows_kernel(
+    x, w, out, gain, eps, count, in_dim, out_dim, fetch, x_stride, out_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program p: BN rows of W times xᵀ [in, count], count <= BM. fetch: how many columns of W to ask for early."""
+    program = tl.program_id(0)
+    rows = _weight_rows(tl.arange(0, BN), program, out_dim, BN, GATED)
+    if PDL:
+        _fetch(w, program, in_dim, out_dim, 0, fetch, BN, GATED, THREADS)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    columns = tl.arange(0, BK)
+    tokens = tl.arange(0, BM)
+    tile = w + rows.to(tl.int64)[:, None] * in_dim + columns[None, :]
+    slab = x + tokens[None, :] * x_stride + columns[:, None]
+    sums = tl.zeros((BN, BM), tl.float32)
+    squares = tl.zeros((BK, BM), tl.float32)
+    for start in tl.range(0, in_dim, BK):
+        inside = columns + start < in_dim
+        weight = tl.load(tile + start, mask=inside[None, :], other=0.0)
+        value = tl.load(slab + start, mask=inside[:, None] & (tokens < count)[None, :], other=0.0)
+        if NORM:
+            wide = value.to(tl.float32)
+            squares += wide * wide
+            scale = tl.load(gain + start + columns, mask=inside, other=0.0).to(tl.float32)
+            value = (wide * scale[:, None]).to(value.dtype)
+        sums = tl.dot(weight, value, sums, input_precision=PRECISION)
+    if NORM:
+        sums *= tl.rsqrt(tl.sum(squares, 0) / in_dim + tl.load(eps))[None, :]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(sums, (BN // 2, 2, BM)), (0, 2, 1)))
+        index = program * (BN // 2) + tl.arange(0, BN // 2)
+        y = gate * tl.sigmoid(gate) * up
+    else:
+        index = program * BN + tl.arange(0, BN)
+        y = sums
+    mask = (index < out_dim)[:, None] & (tokens < count)[None, :]
+    place = out + tokens[None, :] * out_stride + index[:, None]
+    if RESIDUAL:
+        y += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, y.to(out.dtype.element_ty), mask=mask)
+
+
+Norm = tuple[Tensor, Tensor]
+"""RMSNorm before the product: its weight [in] and its eps []."""
+
+Cut = Mapping[str, int]
+"""How a product is cut: BN rows of W by BK columns at once; columns fetched early; stages of loads in flight; warps."""
+
+
+def skinny_linear_ref(x: Tensor, weight: Tensor, residual: Tensor | None, norm: Norm | None, gated: bool) -> Tensor:
+    x = x if norm is None else rms_norm_ref(x, *norm)
+    if residual is not None:
+        return residual.addmm_(x, weight.t())
+    y = torch.mm(x, weight.t())
+    return silu_mul_ref(y) if gated else y
+
+
+def choose_cut(rows: int, out_dim: int) -> Cut:
+    """The cut for x [rows, in] and W [out, in]: W's shares must occupy every multiprocessor several times over."""
+    if rows == 1:
+        return {"BN": 8 if out_dim >= 4096 else 4, "BK": 1024, "fetch": 1024, "stages": 1, "warps": 4}
+    if out_dim <= 4096:
+        return {"BN": 16, "BK": 256, "fetch": 1024, "stages": 4, "warps": 4}
+    return {"BN": 64, "BK": 128, "fetch": 512, "stages": 4, "warps": 4}
+
+
+@lru_cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before its predecessor ends: Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def skinny_linear_triton(
+    x: Tensor, weight: Tensor, residual: Tensor | None, norm: Norm | None, gated: bool, cut: Cut | None = None
+) -> Tensor:
+    rows, in_dim = x.shape
+    out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = x.new_empty(rows, out_dim) if residual is None else residual
+    cut = choose_cut(rows, weight.shape[0]) if cut is None else cut
+    overlaps = bool(cut.get("overlap", _overlaps(x.device)))
+    gain, eps = (x, x) if norm is None else norm
+    options = {
+        "BN": cut["BN"], "BK": cut["BK"], "NORM": norm is not None, "RESIDUAL": residual is not None, "GATED": gated,
+        "PDL": overlaps, "THREADS": 32 * cut["warps"], "num_warps": cut["warps"],
+    }  # fmt: skip
+    if overlaps:
+        options["launch_pdl"] = True
+    grid = (triton.cdiv(weight.shape[0], cut["BN"]),)
+    one_row = rows == 1 and "BM" not in cut
+    # Whole groups of 16 bytes, within a row.
+    fetch = max(min(cut["fetch"], in_dim - cut["BK"] if one_row else in_dim), 0) // 8 * 8
+    if one_row:
+        _one_row_kernel[grid](x, weight, out, gain, eps, in_dim, out_dim, fetch, STAGES=cut["stages"], **options)
+    else:
+        _rows_kernel[grid](
+            x, weight, out, gain, eps, rows, in_dim, out_dim, fetch, x.stride(0), out.stride(0),
+            BM=cut.get("BM", max(8, triton.next_power_of_2(rows))), num_stages=cut["stages"],
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **options,
+        )  # fmt: skip
+    return out
+
+
+_IMPLEMENTATIONS = {"torch": skinny_linear_ref, "triton": skinny_linear_triton}
+MAX_ROWS = 32
+"""Beyond so many rows the arithmetic counts, and the library's product is the better one."""
+
+
+def skinny_linear(
+    x: Tensor, weight: Tensor, *, residual: Tensor | None = None, norm: Norm | None = None, gated: bool = False
+) -> Tensor:
+    """x [rows, in] times weight [out, in] → [rows, out]; onto a residual, in place; gated: [rows, out / 2]."""
+    assert x.shape[-1] == weight.shape[1], (x.shape, weight.shape)
+    assert x.stride(-1) == 1, x.stride()
+    assert weight.is_contiguous(), weight.stride()
+    assert residual is None or (not gated and residual.shape == (x.shape[0], weight.shape[0])), weight.shape
+    assert residual is None or residual.stride(-1) == 1, residual.stride()
+    name = backend(x, _IMPLEMENTATIONS) if x.shape[0] <= MAX_ROWS else "torch"
+    return _IMPLEMENTATIONS[name](x, weight, residual, norm, gated)
