@@ -104,7 +104,7 @@ def _one_row_kernel(
     tl.store(out + index, y.to(out.dtype.element_ty), mask=index < out_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _rows_kernel(
     x, w, out, gain, eps, count, in_dim, out_dim, fetch, x_stride, out_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
