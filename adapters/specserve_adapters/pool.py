@@ -4,6 +4,9 @@ Linear i has P parts (modules merged into it). Part p of slot s owns rank rows (
 a [S * P * R, in_features] and b [S * P * R, out_features], where S is the number of slots and R the largest rank;
 rows of b are zero outside their part's columns, rows beyond an adapter's rank are zero in both. So the adapter's
 product over a merged linear is one pair of matrix products over the rows in use, of their real ranks only.
+
+On a GPU b is kept as `specserve_kernels.lora_grouped.SlotFactors` says, without the zeros, and the ranks of the slots
+lie on the device: batches are then made there, from the slots that the rows have at the time a graph is replayed.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from torch import Tensor
 
 from specserve_adapters.host_adapter import HostAdapter
 from specserve_adapters.spec import LinearSpec
+from specserve_kernels.dispatch import backend
 from specserve_kernels.lora import Factors, LoraBatch
+from specserve_kernels.lora_grouped import GroupedLora, SlotFactors, grouped_lora
 
 RowAdapters = Sequence[tuple[tuple[int, float], ...]]
 _MAX_BATCHES = 8  # a step of speculation repeats a few shapes: the target's, the first draft pass's, the others'
@@ -38,15 +43,22 @@ class AdapterPool:
         self.specs = tuple(specs)
         self.num_slots = num_slots
         self.max_rank = max_rank
+        self.slot_ranks = torch.zeros(num_slots, dtype=torch.int64, device=device)  # 0: empty
+        self.grouped = backend(torch.empty(0, dtype=dtype, device=device), ("torch", "triton")) == "triton"
         self.linears: list[tuple[Tensor, Tensor]] = []
         for spec in self.specs:
             rows = num_slots * len(spec.parts) * max_rank
+            b_shape = (num_slots, max_rank * spec.out_features) if self.grouped else (rows, spec.out_features)
             self.linears.append(
                 (
                     torch.zeros(rows, spec.in_features, dtype=dtype, device=device),
-                    torch.zeros(rows, spec.out_features, dtype=dtype, device=device),
+                    torch.zeros(b_shape, dtype=dtype, device=device),
                 )
             )
+        self._slot_factors = [
+            SlotFactors(a, b, tuple(width for _, width in spec.parts))
+            for spec, (a, b) in zip(self.specs, self.linears, strict=True)
+        ]
         self._parts = tuple(len(spec.parts) for spec in self.specs)
         self._ranks = [0] * num_slots
         self._device = torch.device(device)
@@ -58,11 +70,17 @@ class AdapterPool:
 
     @torch.inference_mode()
     def load_slot(self, slot: int, adapter: HostAdapter | None) -> None:
-        """Overwrite the whole of `slot` with `adapter`; None empties it."""
+        """Overwrite the whole of `slot` with `adapter`; None empties it. The host does not wait for the device."""
         assert 0 <= slot < self.num_slots
         assert adapter is None or adapter.rank <= self.max_rank
         self._forget_batches()
         self._ranks[slot] = adapter.rank if adapter is not None else 0
+        self.slot_ranks[slot : slot + 1].fill_(self._ranks[slot])
+        if self.grouped:
+            for factors, spec in zip(self._slot_factors, self.specs, strict=True):
+                if adapter is not None:
+                    self._load_factors(spec, factors, slot, adapter)
+            return
         for spec, (a, b) in zip(self.specs, self.linears, strict=True):
             first = slot * len(spec.parts) * self.max_rank
             for tensor in (a, b):
@@ -86,12 +104,40 @@ class AdapterPool:
             row += self.max_rank
             column += width
 
+    def _load_factors(self, spec: LinearSpec, factors: SlotFactors, slot: int, adapter: HostAdapter) -> None:
+        """Where A is zero beyond a module's rank, and for a missing module, the B that lay there does not matter."""
+        first, column = slot * len(spec.parts) * self.max_rank, 0
+        for key, width in zip(spec.keys, factors.widths, strict=True):
+            rank = 0
+            if key in adapter.factors:
+                a_part, b_part = adapter.factors[key]
+                rank = a_part.shape[0]
+                factors.a[first : first + rank].copy_(a_part, non_blocking=True)
+                b_columns = factors.b[slot, column * self.max_rank :][: rank * width].view(rank, width)
+                # B travels as it lies in the blob and is transposed on the device.
+                b_columns.copy_(b_part.to(b_columns.device, non_blocking=True).t())
+            if rank < adapter.rank:
+                factors.a[first + rank : first + adapter.rank].zero_()
+            first += self.max_rank
+            column += width
+
+    def device_batch(self, token_rows: Tensor, row_slots: Tensor, row_weights: Tensor) -> GroupedLora:
+        """What the linears need to apply adapters to T = len(token_rows) tokens, all of it read on the device.
+
+        `token_rows` [T] int64: each token's row; `row_slots` [R, M] int64 (negative: none) and `row_weights` [R, M]
+        float32: the row's adapters, a slot named twice counts with the sum. Part of a forward: made inside its graph,
+        so that a replay sees the rows and slots of its own time. Where `grouped` is False, see `make_batch`.
+        """
+        assert self.grouped, "slots lie as make_batch reads them"
+        return grouped_lora(self._slot_factors, self.max_rank, self.slot_ranks, token_rows, row_slots, row_weights)
+
     def make_batch(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> LoraBatch | None:
         """What the linears need to apply adapters to T = sum(query_lens) tokens, or None if no row has any.
 
         `row_adapters[i]` are the (slot, weight) pairs of row i, whose `query_lens[i]` tokens lie together; a slot named
         twice in a row counts with the sum. Decode steps repeat, so the last few batches are kept until a slot changes.
         """
+        assert not self.grouped, "slots lie as device_batch reads them"
         assert len(row_adapters) == len(query_lens)
         slots = {slot for row in row_adapters for slot, _ in row}
         active = tuple(sorted(slot for slot in slots if self._ranks[slot]))
