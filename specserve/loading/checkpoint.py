@@ -1,34 +1,42 @@
-"""Safetensors files → a model's parameters, one tensor at a time; never a second copy of the whole, never pickle."""
+"""Safetensors files → a model's parameters, a piece at a time; never a second copy of the whole, never pickle."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from specserve.core.errors import ModelLoadError
 from specserve.layers.storage import Parameter
+from specserve.loading.transfer import transfer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
-def fill(parameters: Mapping[str, Parameter], folder: Path, *, ignored: Collection[str] = ()) -> None:
+def fill(
+    parameters: Mapping[str, Parameter],
+    folder: Path,
+    *,
+    ignored: Collection[str] = (),
+    advance: Callable[[int], object] = lambda num_bytes: None,
+) -> None:
     """Copy every tensor of the folder's checkpoint into its parameter, converting dtype and device.
 
-    `ignored` tensors may be present. Raises ModelLoadError naming a tensor that is missing, unexpected, of another
-    shape or not floating point, or the file that cannot be read. All names are checked before anything is read.
+    `ignored` tensors may be present; `advance` gets the bytes of the parameters as they are filled. Raises
+    ModelLoadError naming a tensor that is missing, unexpected, of another shape or not floating point, or the file
+    that cannot be read. All names are checked before anything is read.
     """
     files = checkpoint_files(folder)
     _check_names(parameters.keys(), {name for names in files.values() for name in names} - set(ignored))
-    for path, names in files.items():
-        _fill_from(path, parameters, names)
+    transfer((pair for path, names in files.items() for pair in _read(path, parameters, names)), advance)
 
 
 def checkpoint_files(folder: Path) -> dict[Path, list[str]]:
@@ -67,7 +75,10 @@ def _check_names(expected: Collection[str], found: Collection[str]) -> None:
             raise ModelLoadError(f"The checkpoint {what} {listed}{more}.")
 
 
-def _fill_from(path: Path, parameters: Mapping[str, Parameter], names: Collection[str]) -> None:
+def _read(
+    path: Path, parameters: Mapping[str, Parameter], names: Collection[str]
+) -> Iterator[tuple[Parameter, Tensor]]:
+    """The file's tensors, checked, each with its parameter; their contents are read when they are copied."""
     with _opened(path) as file:
         for name in names:
             parameter = parameters.get(name)
@@ -82,7 +93,7 @@ def _fill_from(path: Path, parameters: Mapping[str, Parameter], names: Collectio
                 raise ModelLoadError(
                     f"Tensor {name} is {stored.get_dtype()}; supported are {', '.join(sorted(FLOATS))}."
                 )
-            parameter.load(file.get_tensor(name))
+            yield parameter, file.get_tensor(name)
 
 
 @contextmanager

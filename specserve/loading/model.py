@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from specserve.config import Dtype
 from specserve.core.errors import ModelLoadError
 from specserve.loading.checkpoint import fill
+from specserve.loading.progress import progress_bar
 from specserve.loading.source import resolve_folder
 from specserve.models.decoder import Decoder
 from specserve.models.registry import build_model
@@ -24,8 +25,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def load_model(name_or_path: str, *, dtype: Dtype = "auto", device: torch.device | str = "cpu") -> Decoder:
-    """Load a model from a local folder or a hub id onto `device`.
+def load_model(
+    name_or_path: str, *, dtype: Dtype = "auto", device: torch.device | str = "cpu", progress: bool = False
+) -> Decoder:
+    """Load a model from a local folder or a hub id onto `device`; `progress` shows it on stderr.
 
     `dtype` "auto": the config's on an accelerator, float32 on a CPU. Raises ModelLoadError, in one sentence that names
     the file, tensor or setting, when the model cannot be read or is not supported.
@@ -36,7 +39,11 @@ def load_model(name_or_path: str, *, dtype: Dtype = "auto", device: torch.device
     model = build_model(
         config, dtype=resolve_dtype(dtype, config, place), device=place, eos_token_ids=read_eos(folder, config)
     )
-    fill(model.parameters, folder, ignored=model.ignored)
+    total = sum(parameter.destination.nbytes for parameter in model.parameters.values())
+    with progress_bar(
+        f"Loading weights of {Path(name_or_path).name or name_or_path}", total, shown=progress
+    ) as advance:
+        fill(model.parameters, folder, ignored=model.ignored, advance=advance)
     return model
 
 
