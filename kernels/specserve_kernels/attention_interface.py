@@ -56,22 +56,3 @@ class AttentionBackend(Protocol):
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, prepared: Any, scale: float, window: int | None
     ) -> Tensor:
         """q [T, heads, head_dim] → [T, heads, head_dim], as `attention.paged_attention` says."""
-
-
-def cut_runs(query_lens: tuple[int, ...], max_padding: float) -> list[tuple[int, int]]:
-    """Cut the sequences into consecutive runs [first, last) that are computed together.
-
-    A run is one long sequence, or short ones whose queries, padded to the longest, are at most `max_padding` times the
-    real ones.
-    """
-    runs: list[tuple[int, int]] = []
-    longest = total = 0
-    for i, length in enumerate(query_lens):
-        wider = max(longest, length)
-        if runs and wider <= SHORT_QUERY and wider * (i + 1 - runs[-1][0]) <= max_padding * (total + length):
-            runs[-1] = (runs[-1][0], i + 1)
-            longest, total = wider, total + length
-        else:
-            runs.append((i, i + 1))
-            longest = total = length
-    return runs

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specserve_kernels.attention_interface import SHORT_QUERY, AttentionMetadata, AttentionShape, cut_runs
+from specserve_kernels.attention_interface import SHORT_QUERY, AttentionMetadata, AttentionShape
 
 MAX_PADDING = 4
 """Padded queries of a shared batch per real one, at most; beyond that a second batch is cheaper."""
@@ -51,10 +51,25 @@ def takes(shape: AttentionShape, block_size: int) -> bool:
 def prepare(meta: AttentionMetadata, shape: AttentionShape) -> PreparedReference:
     batches = []
     token = 0
-    for first, last in cut_runs(meta.query_lens, MAX_PADDING):
+    for first, last in _runs(meta.query_lens):
         batches.append(_batch(meta, first, last, token, shape))
         token = batches[-1].last_token
     return PreparedReference(tuple(batches), meta.block_size)
+
+
+def _runs(query_lens: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Cut the sequences into consecutive runs [first, last) that are computed together."""
+    runs: list[tuple[int, int]] = []
+    longest = total = 0
+    for i, length in enumerate(query_lens):
+        wider = max(longest, length)
+        if runs and wider <= SHORT_QUERY and wider * (i + 1 - runs[-1][0]) <= MAX_PADDING * (total + length):
+            runs[-1] = (runs[-1][0], i + 1)
+            longest, total = wider, total + length
+        else:
+            runs.append((i, i + 1))
+            longest = total = length
+    return runs
 
 
 def _batch(meta: AttentionMetadata, first: int, last: int, token: int, shape: AttentionShape) -> QueryBatch:

@@ -55,7 +55,7 @@ def make(case: Case) -> tuple[AttentionMetadata, list[torch.Tensor]]:
     for row, start, n in zip(rows, itertools.accumulate(blocks_each, initial=0), blocks_each, strict=False):
         tables[row, :n] = order[start : start + n]
     owners = torch.tensor([(i, before + j) for i, (before, n, _) in enumerate(case.sequences) for j in range(n)])
-    sequence, positions = owners.unbind(1)
+    sequence, positions = owners.T.contiguous()
     slots = tables[rows[sequence], positions // case.block_size] * case.block_size + positions % case.block_size
     lens = tuple(n for _, n, _ in case.sequences)
     meta = AttentionMetadata(

@@ -1,0 +1,324 @@
+"""Attention of short sequences (decodes and verifications of 1 to 16 queries) over a paged KV cache.
+
+    out[t, h] = softmax(scale · q[t, h] K[a..p]ᵀ) V[a..p]   with p = positions[t] and a as in `attention`
+
+Every key and value is read once: a program takes one part of one sequence's keys (an item of `attention_plan`) for one
+KV head, and all queries of the sequence times the head's groups are the rows of its tile. Row r is query r // groups of
+head kv_head * groups + r % groups. Scores and sums are fp32, with an online softmax in powers of two; weights are
+rounded to the cache's dtype for the product with V. Sequences of several parts leave in a workspace, for each part,
+
+    partial: [capacity, kv_heads, rows, head_dim] fp32, the part's own attention,
+    lse:     [capacity, kv_heads, rows] fp32, log2 of the part's sum of exp2(score · log2 e),
+
+and the last program to finish adds them up in the order of the parts, whichever came last, so that equal inputs give
+equal bits. The reference is `attention_ref.attend`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.attention_interface import AttentionMetadata, AttentionShape
+from specserve_kernels.attention_plan import FIELDS, multiprocessors, plan_triton, schedule
+from specserve_kernels.language import tl, triton
+from specserve_kernels.overlap import overlaps, wait
+
+_COMBINED = 4096
+"""Numbers of the workspace that a program adds up at a time."""
+
+
+@triton.jit
+def _combine(
+    partial,
+    lse,
+    out,  # of the sequence's first token
+    parts,
+    first_item,
+    num_rows,
+    kv_head,
+    first_row,
+    out_stride,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_PARTS: tl.constexpr,
+):
+    """out[row] = sum over parts of 2^lse partial[row] / sum of 2^lse, TILE_PARTS parts at a time."""
+    row = first_row + tl.arange(0, TILE_ROWS)
+    dims = tl.arange(0, DIM)
+    real = row < num_rows
+    peak = tl.full([TILE_ROWS], -1e30, dtype=tl.float32)
+    total = tl.zeros([TILE_ROWS], dtype=tl.float32)
+    acc = tl.zeros([TILE_ROWS, DIM], dtype=tl.float32)
+    for start in range(0, parts, TILE_PARTS):
+        part = start + tl.arange(0, TILE_PARTS)
+        at = ((first_item + part) * KV_HEADS + kv_head).to(tl.int64)[:, None] * ROWS + row[None, :]
+        read = (part < parts)[:, None] & real[None, :]
+        # Other programs wrote these: past the first-level cache, which may hold what was there before.
+        sums = tl.load(lse + at, mask=read, other=float("-inf"), cache_modifier=".cg")
+        cells = at[:, :, None] * HEAD_DIM + dims[None, None, :]
+        there = read[:, :, None] & (dims < HEAD_DIM)[None, None, :]
+        values = tl.load(partial + cells, mask=there, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, tl.max(sums, 0))
+        weights = tl.exp2(sums - new_peak[None, :])
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + tl.sum(weights, 0)
+        acc = acc * decay[:, None] + tl.sum(weights[:, :, None] * values, 0)
+        peak = new_peak
+    result = acc / tl.maximum(total, 1.0)[:, None]  # the peak's own weight is 1
+    places = (row // GROUPS).to(tl.int64) * out_stride + (kv_head * GROUPS + row % GROUPS) * HEAD_DIM
+    inside = real[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(out + places[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _prefetch(
+    cache, table, first, end, slot_stride, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr
+):
+    """Ask for KEYS rows of the cache from key `first` on, so that they are in the second-level cache when needed."""
+    LINE: tl.constexpr = 128 // (cache.dtype.element_ty.primitive_bitwidth // 8)
+    keys = tl.minimum(first + tl.arange(0, KEYS), end - 1)
+    slots = tl.load(table + keys // BLOCK_SIZE) * BLOCK_SIZE + keys % BLOCK_SIZE
+    for line in tl.static_range(0, HEAD_DIM, LINE):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [cache + slots * slot_stride + line], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    q,
+    k_cache,
+    v_cache,
+    table,
+    at,
+    begin,
+    end,
+    window,
+    scale,
+    slot_stride,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """Attention of rows q [BLOCK_M, DIM] at positions `at` over keys begin … end - 1: (sum of weighted values, sum of
+    weights, largest score); the weights are 2^(score - largest score)."""
+    dims = tl.arange(0, DIM)
+    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+    acc = tl.zeros([BLOCK_M, DIM], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], -1e30, dtype=tl.float32)  # finite: a row may see no key of this part
+    for first in range(begin, end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        known = tl.minimum(keys, end - 1)
+        slots = tl.load(table + known // BLOCK_SIZE) * BLOCK_SIZE + known % BLOCK_SIZE
+        cells = slots[:, None] * slot_stride + dims[None, :]
+        if HEAD_DIM == DIM:
+            k = tl.load(k_cache + cells)
+            v = tl.load(v_cache + cells)
+        else:
+            k = tl.load(k_cache + cells, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+            v = tl.load(v_cache + cells, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        scores = tl.dot(q, k.T, input_precision=precision) * scale
+        visible = (keys[None, :] <= at[:, None]) & (keys[None, :] < end)
+        if WINDOWED:
+            visible &= keys[None, :] > at[:, None] - window
+        scores = tl.where(visible, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_peak[:, None])
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
+        peak = new_peak
+    return acc, total, peak
+
+
+@triton.jit(do_not_specialize=["window"])
+def _decode_kernel(
+    q_ptr,
+    k_cache,
+    v_cache,
+    block_tables,
+    positions,
+    items,
+    counters,
+    partial,
+    lse,
+    out_ptr,
+    window,
+    scale,  # of the scores, times log2(e)
+    q_stride,
+    out_stride,
+    slot_stride,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,  # head_dim, rounded up to a power of two
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_PARTS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    FUSED: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    kv_head, item, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    record = items + item * FIELDS
+    end = tl.load(record + 4)
+    if end == 0:
+        wait(PDL)
+        return
+    first_token = tl.load(record).to(tl.int64)
+    num_queries = tl.load(record + 1)
+    table = block_tables + tl.load(record + 2).to(tl.int64) * table_stride
+    begin = tl.load(record + 3)
+    parts = tl.load(record + 5)
+    first_item = tl.load(record + 6)
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = tl.minimum(row // GROUPS, num_queries - 1)
+    head = kv_head * GROUPS + row % GROUPS
+    at = tl.load(positions + first_token + query).to(tl.int32)
+    dims = tl.arange(0, DIM)
+    real = row < num_queries * GROUPS
+    inside = real[:, None] & (dims < HEAD_DIM)[None, :]
+    k_cache += kv_head * HEAD_DIM
+    v_cache += kv_head * HEAD_DIM
+    # The plan, the tables and the positions are older than the kernel just before this one, which writes q and the
+    # newest keys; the older keys can come nearer meanwhile.
+    if PDL:
+        for first in range(begin, tl.minimum(end, begin + PREFETCH * BLOCK_N), BLOCK_N):
+            _prefetch(k_cache, table, first, end, slot_stride, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+            _prefetch(v_cache, table, first, end, slot_stride, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+    wait(PDL)
+    places = (first_token + query) * q_stride + head * HEAD_DIM
+    q = tl.load(q_ptr + places[:, None] + dims[None, :], mask=inside, other=0.0)
+
+    acc, total, peak = _attend(
+        q, k_cache, v_cache, table, at, begin, end, window, scale, slot_stride,
+        HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, WINDOWED,
+    )  # fmt: skip
+
+    out_ptr += first_token * out_stride
+    if parts == 1:
+        target = query.to(tl.int64) * out_stride + head * HEAD_DIM
+        whole = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + target[:, None] + dims[None, :], whole, mask=inside)
+    else:
+        cell = (item * KV_HEADS + kv_head).to(tl.int64) * ROWS + row
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(partial + cell[:, None] * HEAD_DIM + dims[None, :], result, mask=inside)
+        tl.store(lse + cell, peak + tl.log2(total), mask=real)
+        if FUSED:
+            counter = counters + (first_item * KV_HEADS + kv_head) * tl.num_programs(2) + row_block
+            tl.debug_barrier()  # all threads' parts are written before one of them says so
+            if tl.atomic_add(counter, 1) == parts - 1:
+                tl.store(counter, 0)  # ready for the next layer
+                first_row = row_block * BLOCK_M
+                num_rows = num_queries * GROUPS
+                for start in range(first_row, tl.minimum(first_row + BLOCK_M, num_rows), TILE_ROWS):
+                    _combine(
+                        partial, lse, out_ptr, parts, first_item, num_rows, kv_head, start, out_stride,
+                        KV_HEADS, GROUPS, HEAD_DIM, DIM, ROWS, TILE_ROWS, TILE_PARTS,
+                    )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """Keys of a tile, warps of a program, depth of its pipeline, programs a multiprocessor holds."""
+
+    block_n: int
+    warps: int
+    stages: int
+    resident: int
+
+
+def choose_tile(dtype: torch.dtype, dim: int, rows: int) -> Tile:
+    """The tile for `dim` (head_dim, a power of two) and `rows` queries times groups."""
+    if dtype == torch.float32:
+        return Tile(32, 4 if dim <= 128 else 8, 3, 2)
+    if dim > 128:
+        return Tile(32, 8, 5, 2)
+    keys = 64 if dim > 64 else 128
+    if rows > 32:
+        return Tile(keys // 2, 4, 5, 2)
+    return Tile(keys, 4, 5, 3 if rows <= 16 else 2)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRun:
+    """Sequences first_seq … first_seq + num_seqs - 1 of one forward, planned; shared by its layers."""
+
+    meta: AttentionMetadata
+    first_seq: int
+    num_seqs: int
+    rows: int  # the most queries of a sequence, times groups
+    block_m: int
+    tile: Tile
+    wave: int
+    counters: Tensor  # [capacity, kv_heads * row blocks] int32, all 0 between two launches
+    partial: Tensor
+    lse: Tensor
+    plans: dict[int | None, Tensor] = field(default_factory=dict)  # items by window
+
+
+def prepare_decode(
+    meta: AttentionMetadata, shape: AttentionShape, first_seq: int, num_seqs: int, tile: Tile | None = None
+) -> DecodeRun:
+    """Allocate what the run's layers need. The plans are made by the first layer of each window."""
+    chosen = slice(first_seq, first_seq + num_seqs)
+    device = meta.positions.device
+    rows = max(meta.query_lens[chosen]) * (shape.heads // shape.kv_heads)
+    dim = max(16, triton.next_power_of_2(shape.head_dim))
+    tile = tile or choose_tile(shape.dtype, dim, rows)
+    block_m = min(16 if shape.dtype == torch.float32 else 64, max(16, triton.next_power_of_2(rows)))
+    max_tiles = sum(triton.cdiv(bound, tile.block_n) for bound in meta.context_bounds[chosen])
+    capacity, wave = schedule(num_seqs, shape.kv_heads, max_tiles, multiprocessors(device) * tile.resident)
+    counters = torch.empty(capacity, shape.kv_heads * triton.cdiv(rows, block_m), dtype=torch.int32, device=device)
+    lse = torch.empty(capacity, shape.kv_heads, rows, dtype=torch.float32, device=device)
+    partial = torch.empty(*lse.shape, shape.head_dim, dtype=torch.float32, device=device)
+    return DecodeRun(meta, first_seq, num_seqs, rows, block_m, tile, wave, counters, partial, lse)
+
+
+def decode_attention_triton(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, run: DecodeRun, out: Tensor, scale: float, window: int | None
+) -> None:
+    """Write the attention of the run's tokens into `out` [T, heads, head_dim]; q of the same shape."""
+    _, heads, head_dim = q.shape
+    kv_heads = k_cache.shape[1]
+    assert q.stride()[1:] == out.stride()[1:] == (head_dim, 1), (q.stride(), out.stride())
+    assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (head_dim, 1), k_cache.stride()
+    meta, tile = run.meta, run.tile
+    planned = window in run.plans
+    if not planned:
+        run.plans[window] = plan_triton(
+            meta, run.counters, first_seq=run.first_seq, num_seqs=run.num_seqs, window=window, tile=tile.block_n,
+            wave=run.wave,
+        )  # fmt: skip
+    items = run.plans[window]
+    dim = max(16, triton.next_power_of_2(head_dim))
+    tile_rows = min(run.block_m, triton.next_power_of_2(run.rows), max(1, _COMBINED // dim))
+    pdl = planned and overlaps(q)  # a plan made just now must be complete before it is read
+    _decode_kernel[(kv_heads, items.shape[0], triton.cdiv(run.rows, run.block_m))](
+        q, k_cache, v_cache, meta.block_tables, meta.positions, items, run.counters, run.partial, run.lse, out,
+        window or 0, scale * math.log2(math.e), q.stride(0), out.stride(0), k_cache.stride(0),
+        meta.block_tables.stride(0), KV_HEADS=kv_heads, GROUPS=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim,
+        BLOCK_SIZE=meta.block_size, ROWS=run.rows, BLOCK_M=run.block_m, BLOCK_N=tile.block_n, TILE_ROWS=tile_rows,
+        TILE_PARTS=max(1, _COMBINED // (tile_rows * dim)), FIELDS=FIELDS, WINDOWED=window is not None, FUSED=True,
+        PREFETCH=2, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""How the keys of short sequences are divided among programs, decided on the device.
+
+A decode step must read every key once and be limited by memory alone, whether it holds one long sequence or a hundred
+short ones. Keys are cut into items (one part of one sequence, for all KV heads) of nearly equal length, so many that
+they fill the GPU and no more (flash-decoding, Dao et al. 2023, with the parts chosen from the true lengths). Only the
+number of items that may exist is fixed on the host; so a captured graph suits any lengths, and programs without an
+item end at once. One plan serves all layers with the same window.
+
+items: [capacity, FIELDS] int32, see `_plan_kernel`. Parts are cut at multiples of `tile` keys.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.attention_interface import AttentionMetadata
+from specserve_kernels.language import tl, triton
+
+FIELDS = 8
+"""int32 numbers an item has: 32 bytes, one sector of memory."""
+FULL_PART = 1024
+"""Keys from which a part is long enough to hide its start; longer ones are cut only to fill the GPU."""
+
+
+class Schedule(NamedTuple):
+    """What the host decides: room for items, and how many of them fill the GPU once."""
+
+    capacity: int
+    wave: int
+
+
+@triton.jit(do_not_specialize=["first_seq", "num_seqs", "window", "capacity", "wave"])
+def _plan_kernel(
+    positions,
+    query_start,
+    rows,
+    items,
+    counters,
+    first_seq,
+    num_seqs,
+    window,
+    capacity,
+    wave,
+    COUNTERS: tl.constexpr,
+    SEQS: tl.constexpr,
+    TILE: tl.constexpr,
+    FULL: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """One program. An item is (first token, queries, row of the block tables, first key, end of keys, parts of the
+    sequence, first item of the sequence, 0); one without keys is empty. Sets the counters [capacity, COUNTERS] to 0."""
+    i = tl.arange(0, SEQS)
+    inside = i < num_seqs
+    first = tl.load(query_start + first_seq + i, mask=inside, other=0)
+    last = tl.load(query_start + first_seq + i + 1, mask=inside, other=1)
+    row = tl.load(rows + first_seq + i, mask=inside, other=0).to(tl.int32)
+    end = tl.load(positions + last - 1, mask=inside, other=-1).to(tl.int32) + 1
+    begin = tl.zeros([SEQS], dtype=tl.int32)
+    if WINDOWED:
+        oldest = tl.load(positions + first, mask=inside, other=0).to(tl.int32)
+        begin = tl.maximum(oldest - window + 1, 0) // TILE * TILE
+    tiles = (end - begin + TILE - 1) // TILE
+
+    # The shortest part, in tiles, of which there is room for all.
+    part = 1
+    enough = tl.max(tiles)
+    while part < enough:
+        middle = (part + enough) // 2
+        if tl.sum((tiles + middle - 1) // middle) <= capacity:
+            enough = middle
+        else:
+            part = middle + 1
+    part = tl.maximum(part, tl.minimum((tl.sum(tiles) + wave - 1) // wave, FULL))
+
+    parts = tl.maximum((tiles + part - 1) // part, 1)
+    length = (tiles + parts - 1) // parts
+    parts = tl.where(inside, (tiles + length - 1) // tl.maximum(length, 1), 0)
+    first_item = tl.cumsum(parts, 0) - parts
+    for j in range(0, tl.max(parts)):
+        record = items + (first_item + j) * FIELDS
+        used = j < parts
+        start = begin + j * length * TILE
+        tl.store(record, first.to(tl.int32), mask=used)
+        tl.store(record + 1, (last - first).to(tl.int32), mask=used)
+        tl.store(record + 2, row, mask=used)
+        tl.store(record + 3, start, mask=used)
+        tl.store(record + 4, tl.minimum(start + length * TILE, end), mask=used)
+        tl.store(record + 5, parts, mask=used)
+        tl.store(record + 6, first_item, mask=used)
+    for start in range(tl.sum(parts), capacity, SEQS):
+        tl.store(items + (start + i) * FIELDS + 4, 0, mask=start + i < capacity)
+    for start in range(0, capacity * COUNTERS, SEQS):
+        tl.store(counters + start + i, 0, mask=start + i < capacity * COUNTERS)
+
+
+def schedule(num_seqs: int, kv_heads: int, max_tiles: int, programs: int) -> Schedule:
+    """Room for `num_seqs` sequences of at most `max_tiles` tiles in all; `programs` run on the GPU at once."""
+    wave = max(1, programs // kv_heads)
+    # Few sequences are cut into exactly one wave; many need more waves anyway, and equal parts matter less.
+    capacity = wave if 2 * num_seqs <= wave else num_seqs + 2 * wave
+    return Schedule(max(num_seqs, min(capacity, max_tiles)), wave)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a small number for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def plan_triton(
+    meta: AttentionMetadata,
+    counters: Tensor,
+    *,
+    first_seq: int,
+    num_seqs: int,
+    window: int | None,
+    tile: int,
+    wave: int,
+) -> Tensor:
+    """The items of sequences first_seq … first_seq + num_seqs - 1; counters: [capacity, KV heads * …] int32."""
+    capacity, each = counters.shape
+    items = torch.empty(capacity, FIELDS, dtype=torch.int32, device=counters.device)
+    seqs = triton.next_power_of_2(num_seqs)
+    _plan_kernel[(1,)](
+        meta.positions, meta.query_start, meta.rows, items, counters,
+        first_seq, num_seqs, window or 0, capacity, wave,
+        COUNTERS=each, SEQS=seqs, TILE=tile, FULL=max(1, FULL_PART // tile), FIELDS=FIELDS,
+        WINDOWED=window is not None, num_warps=1 if seqs <= 64 else 4,
+    )  # fmt: skip
+    return items
