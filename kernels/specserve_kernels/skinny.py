@@ -72,7 +72,7 @@ def _one_row_part(weight, x, gain, columns, in_dim, BN: tl.constexpr, BK: tl.con
 def _one_row_kernel(
     x, w, out, gain, eps, in_dim, out_dim, fetch,
     BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program p: BN rows of W times x [in]. fetch: how many columns after the first BK to ask for early."""
     program = tl.program_id(0)
@@ -82,8 +82,11 @@ def _one_row_kernel(
     first = tl.load(tile, mask=columns < in_dim, other=0.0)
     if PDL:
         _fetch(w, program, in_dim, out_dim, BK, fetch, BN, GATED, THREADS)
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
     sums, squares = _one_row_part(first, x, gain, columns, in_dim, BN, BK, NORM)
     for start in tl.range(BK, in_dim, BK, num_stages=STAGES):
         weight = tl.load(tile + start, mask=columns + start < in_dim, other=0.0)
@@ -108,15 +111,18 @@ def _one_row_kernel(
 def _rows_kernel(
     x, w, out, gain, eps, count, in_dim, out_dim, fetch, x_stride, out_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr, PDL: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program p: BN rows of W times xᵀ [in, count], count <= BM. fetch: how many columns of W to ask for early."""
     program = tl.program_id(0)
     rows = _weight_rows(tl.arange(0, BN), program, out_dim, BN, GATED)
     if PDL:
         _fetch(w, program, in_dim, out_dim, 0, fetch, BN, GATED, THREADS)
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
     columns = tl.arange(0, BK)
     tokens = tl.arange(0, BM)
     tile = w + rows.to(tl.int64)[:, None] * in_dim + columns[None, :]
@@ -190,7 +196,7 @@ def skinny_linear_triton(
     gain, eps = (x, x) if norm is None else norm
     options = {
         "BN": cut["BN"], "BK": cut["BK"], "NORM": norm is not None, "RESIDUAL": residual is not None, "GATED": gated,
-        "PDL": overlaps, "THREADS": 32 * cut["warps"], "num_warps": cut["warps"],
+        "PDL": overlaps, "EARLY": bool(cut.get("early")), "THREADS": 32 * cut["warps"], "num_warps": cut["warps"],
     }  # fmt: skip
     if overlaps:
         options["launch_pdl"] = True
