@@ -25,7 +25,8 @@ from torch import Tensor
 
 from specserve_kernels.dispatch import backend
 from specserve_kernels.random import Stream, uniform
-from specserve_kernels.sampling import gumbel_argmax, sample
+from specserve_kernels.sampling import divided, gumbel_argmax, sample
+from specserve_kernels.verification import verify_triton as run_verification
 
 
 class Verified(NamedTuple):
@@ -83,11 +84,13 @@ def verify_ref(
     first_position: Tensor,
     temperature: Tensor,
     is_coupled: Tensor,
+    divisor: Tensor | None = None,
     *,
     any_coupled: bool = True,
     any_rejection: bool = True,
 ) -> Verified:
     """`verify` in torch."""
+    processed = divided(processed, None if divisor is None else divisor[:, None])
     num_drafts = drafts.shape[1]
     steps = torch.arange(num_drafts + 1, device=drafts.device)
     valid = steps[:num_drafts] < draft_counts[:, None]  # [B, K]
@@ -117,7 +120,32 @@ def verify_ref(
     return Verified(torch.where(is_rejection[:, None], own, tokens), accepted + 1, accepted)
 
 
-_IMPLEMENTATIONS = {"torch": verify_ref}
+def verify_triton(
+    processed: Tensor,
+    drafts: Tensor,
+    draft_counts: Tensor,
+    draft_probs: Tensor | None,
+    seed: Tensor,
+    first_position: Tensor,
+    temperature: Tensor,
+    is_coupled: Tensor,
+    divisor: Tensor | None = None,
+    *,
+    any_coupled: bool = True,
+    any_rejection: bool = True,
+) -> Verified:
+    """`verify` by the kernels of verification.py."""
+    rows = (seed.contiguous(), first_position.contiguous(), temperature.contiguous(), is_coupled.contiguous())
+    return Verified(
+        *run_verification(
+            processed, drafts.contiguous(), draft_counts.contiguous(),
+            None if draft_probs is None else draft_probs.contiguous(),
+            *rows, None if divisor is None else divisor.contiguous(), any_coupled, any_rejection,
+        )
+    )  # fmt: skip
+
+
+_IMPLEMENTATIONS = {"torch": verify_ref, "triton": verify_triton}
 
 
 def verify(
@@ -129,21 +157,25 @@ def verify(
     first_position: Tensor,
     temperature: Tensor,
     is_coupled: Tensor,
+    divisor: Tensor | None = None,
     *,
     any_coupled: bool = True,
     any_rejection: bool = True,
 ) -> Verified:
     """Verify up to K drafts a row; with K = 0 this is plain sampling.
 
-    processed [B, K+1, V]: the target's processed logits. drafts [B, K] int64; draft_counts [B] int64: a row's drafts
-    from there on are ignored, whatever they hold. draft_probs [B, K, V]: the processed softmax that each draft was
-    drawn from (one-hot for a row whose proposer has none), or None: all one-hot. seed, first_position [B] int64: the
-    absolute position of the token that position 0 predicts; temperature [B], 0: greedy; is_coupled [B] bool.
-    any_coupled, any_rejection: host knowledge, whether any row of temperature > 0 uses that method; False saves work.
+    processed [B, K+1, V]: the target's processed logits, dense in V; of any float dtype. drafts [B, K] int64;
+    draft_counts [B] int64: a row's drafts from there on are ignored, whatever they hold. draft_probs [B, K, V]: the
+    processed softmax that each draft was drawn from (one-hot for a row whose proposer has none), or None: all one-hot.
+    seed, first_position [B] int64: the absolute position of the token that position 0 predicts; temperature [B], 0:
+    greedy; is_coupled [B] bool. divisor [B], or None: what the logits are still to be divided by (the temperature, 1
+    where greedy), for rows that need no other processing. any_coupled, any_rejection: host knowledge, whether any row
+    of temperature > 0 uses that method; False saves work.
     """
     assert processed.shape[:2] == (drafts.shape[0], drafts.shape[1] + 1), "logits must have a position more than drafts"
     assert draft_probs is None or draft_probs.shape == (*drafts.shape, processed.shape[2])
+    assert processed.stride(-1) == 1, "the vocabulary must be dense"
     return _IMPLEMENTATIONS[backend(processed, _IMPLEMENTATIONS)](
-        processed, drafts, draft_counts, draft_probs, seed, first_position, temperature, is_coupled,
+        processed, drafts, draft_counts, draft_probs, seed, first_position, temperature, is_coupled, divisor,
         any_coupled=any_coupled, any_rejection=any_rejection,
     )  # fmt: skip

@@ -1,0 +1,88 @@
+"""The best token of every row of logits on the GPU, with or without Gumbel noise.
+
+A row is cut into tiles, so that even one row is read by all of the device: each tile's best token becomes one word
+(`ordered.py`), and a second kernel takes each row's largest. The result does not depend on the tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.language import tl, triton
+from specserve_kernels.noise import gumbel, noise_key
+from specserve_kernels.ordered import NO_WORD, best_word, word_token
+
+ENOUGH_PROGRAMS = 512  # a few for each of the GPU's multiprocessors
+
+
+@triton.jit
+def _best_of_tile(
+    words, logits, seed, position, stream, temperature, divisor,
+    vocab, num_positions, stride_row, stride_position,
+    STREAM: tl.constexpr, SAMPLED: tl.constexpr, DIVIDED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Program (row · Q + step, tile): words [rows · Q, tiles] of logits [rows, Q, vocab], the rest [rows]."""
+    row = (tl.program_id(0) // num_positions).to(tl.int64)
+    step = tl.program_id(0) % num_positions
+    token = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    x = tl.load(logits + row * stride_row + step * stride_position + token, mask=token < vocab, other=float("-inf"))
+    x = x.to(tl.float32)
+    if DIVIDED:
+        x = tl.div_rn(x, tl.load(divisor + row).to(tl.float32))
+    # a tile of impossible tokens only, as top_k leaves them, needs no noise
+    if SAMPLED and tl.load(temperature + row) > 0 and tl.max(x, axis=0) > float("-inf"):
+        which = tl.load(stream + row) if STREAM < 0 else STREAM
+        x += gumbel(noise_key(tl.load(seed + row), tl.load(position + row) + step, which), token)
+    tl.store(words + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), best_word(x, token))
+
+
+@triton.jit
+def _best_of_row(tokens, words, num_tiles, vocab, TILES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES)
+    best = tl.max(tl.load(words + row * num_tiles + tile, mask=tile < num_tiles, other=NO_WORD), axis=0)
+    tl.store(tokens + row, word_token(best, vocab))
+
+
+def tile_size(num_rows: int, vocab_size: int) -> int:
+    """Tokens a program: large where the rows alone keep the GPU busy."""
+    sizes = (8192, 4096, 2048, 1024)
+    return next((size for size in sizes if num_rows * triton.cdiv(vocab_size, size) >= ENOUGH_PROGRAMS), sizes[-1])
+
+
+def warps_of(tile: int) -> int:
+    """8 elements a thread, or 32 in the largest tiles: enough loads under way without spilling the noise's words."""
+    return min(max(tile // 256, 4), 8)
+
+
+def best_tokens(
+    logits: Tensor,
+    seed: Tensor | None,
+    position: Tensor | None,
+    temperature: Tensor | None,
+    stream: int | Tensor,
+    divisor: Tensor | None,
+    tile: int | None = None,
+) -> Tensor:
+    """logits [B, Q, vocab], whose last dimension is dense; the rest [B] dense, or None: no noise, no division.
+
+    `position` is that of the first of Q. Returns tokens [B, Q] int64.
+    """
+    num_rows, num_positions, vocab_size = logits.shape
+    tile = tile or tile_size(num_rows * num_positions, vocab_size)
+    num_tiles = triton.cdiv(vocab_size, tile)
+    words = logits.new_empty((num_rows * num_positions, num_tiles), dtype=torch.int64)
+    tokens = logits.new_empty((num_rows, num_positions), dtype=torch.int64)
+    if tokens.numel() == 0:
+        return tokens
+    _best_of_tile[(num_rows * num_positions, num_tiles)](
+        words, logits, seed, position, None if isinstance(stream, int) else stream, temperature, divisor,
+        vocab_size, num_positions, logits.stride(0), logits.stride(1),
+        STREAM=int(stream) if isinstance(stream, int) else -1, SAMPLED=seed is not None, DIVIDED=divisor is not None,
+        TILE=tile, num_warps=warps_of(tile),
+    )  # fmt: skip
+    _best_of_row[(num_rows * num_positions,)](
+        tokens, words, num_tiles, vocab_size, TILES=triton.next_power_of_2(num_tiles), num_warps=1
+    )
+    return tokens

@@ -1,0 +1,195 @@
+"""top_k and top_p on the GPU without a sort: the threshold of each row is searched for, then all below it is masked.
+
+    survey   (row, tile)  softmax statistics, and the maximum of every group of 64 tokens
+    plan     (row)        from them m, s, and a bound below which no kept token can lie:
+                          with top_k, the k-th largest group maximum (k tokens are not below it);
+                          with top_p alone, log((1 − p) / vocab): all tokens below it together have no mass of 1 − p
+    narrow   (row, tile)  top_p alone, twice: the mass above 16 pivots in the bracket, of which a sixteenth stays
+    collect  (row, tile)  the candidates in the bracket, few of the vocabulary, into a list
+    search   (row)        bisection over the ordered integer images of the candidates' values, which is exact
+    mask     (row, tile)  logits below the threshold, and equal ones past the last id that has room, become −inf
+
+Masses are integers: the probability times 2^42, truncated, with the number of tokens in the bits above
+(threshold_parts.py). Sums of integers are exact and the same in any order, so that a row's tokens depend on neither
+the tiles nor the order in which atomic additions happen to be made, and all kernels agree.
+
+Where a row has more candidates than the list holds, the search reads the row itself: slow, but right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.language import tl, triton
+from specserve_kernels.ordered import from_ordered, to_ordered
+from specserve_kernels.softmax_parts import STATISTICS_TILE, row_statistics, tile_statistics
+from specserve_kernels.threshold_parts import NUM_PIVOTS, ONE, bracket, needed_mass, pivot, weight_of
+from specserve_kernels.threshold_search import kth_largest, search
+
+GROUP = 64
+CAPACITY = 4096  # candidates a row
+ROUNDS = 2
+MAX_VOCAB = 2**19  # 19 bits count tokens, 44 hold their mass
+_NUM_PIVOTS = tl.constexpr(NUM_PIVOTS)
+_ONE = tl.constexpr(float(ONE))
+_DEPTH = tl.constexpr(40.0)  # below the maximum: e^−40 · 2^42 is no mass
+
+
+@triton.jit
+def _load_row(logits, row, token, vocab, stride_row, stride_step, num_steps):
+    at = row // num_steps * stride_row + row % num_steps * stride_step + token
+    return tl.load(logits + at, mask=token < vocab, other=float("-inf"))
+
+
+@triton.jit
+def _survey(
+    maxima, sums, group_maxima, logits, vocab, stride_row, stride_step, num_steps, num_groups,
+    GROUPED: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x = _load_row(logits, row, tile * TILE + tl.arange(0, TILE), vocab, stride_row, stride_step, num_steps)
+    largest, total = tile_statistics(x)
+    tl.store(maxima + row * tl.num_programs(1) + tile, largest)
+    tl.store(sums + row * tl.num_programs(1) + tile, total)
+    if GROUPED:
+        group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
+        groups = tl.max(tl.reshape(x, (TILE // GROUP, GROUP)), axis=1)
+        tl.store(group_maxima + row * num_groups + group, groups, mask=group < num_groups)
+
+
+@triton.jit
+def _plan(
+    bounds, counts, pivot_sums, maxima, sums, group_maxima, top_k, top_p, vocab, num_steps, num_rows, num_tiles,
+    num_groups, GROUPED: tl.constexpr, ROUNDS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES)
+    parts_m = tl.load(maxima + row * num_tiles + tile, mask=tile < num_tiles, other=float("-inf"))
+    parts_s = tl.load(sums + row * num_tiles + tile, mask=tile < num_tiles, other=0.0)
+    largest, total = row_statistics(parts_m, parts_s, 0)
+    k, p = tl.load(top_k + row // num_steps), tl.load(top_p + row // num_steps).to(tl.float32)
+    if k < vocab:
+        low = float("-inf")
+        if GROUPED and k <= num_groups:
+            group = tl.arange(0, GROUPS)
+            x = tl.load(group_maxima + row * num_groups + group, mask=group < num_groups, other=float("-inf"))
+            images = to_ordered(x)
+            start = tl.min(images, axis=0).to(tl.int64)
+            low = from_ordered(kth_largest(images, start, tl.max(images, axis=0).to(tl.int64), k).to(tl.int32))
+    else:
+        # the hundredth is for rounding; a p of 1 would need everything that has a mass
+        bound = tl.log(total) + tl.log(tl.maximum(1.0 - p, 1e-20) / vocab) - 0.01
+        low = largest + tl.maximum(bound, -_DEPTH)
+    tl.store(bounds + row * 4, largest)
+    tl.store(bounds + row * 4 + 1, _ONE / total)
+    tl.store(bounds + row * 4 + 2, low)
+    tl.store(bounds + row * 4 + 3, largest)
+    tl.store(counts + row, 0)
+    index = tl.arange(0, _NUM_PIVOTS)
+    for i in tl.static_range(ROUNDS):
+        tl.store(pivot_sums + (i * num_rows + row) * _NUM_PIVOTS + index, tl.zeros_like(index).to(tl.int64))
+
+
+@triton.jit
+def _narrow(
+    pivot_sums, bounds, maxima, logits, top_k, top_p, vocab, stride_row, stride_step, num_steps, num_rows,
+    ROUND: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p = tl.load(top_p + row // num_steps).to(tl.float32)
+    if (tl.load(top_k + row // num_steps) < vocab) | (p == float("inf")):
+        return
+    low, high, _ = bracket(bounds, pivot_sums, needed_mass(p), row, num_rows, ROUND)
+    if tl.load(maxima + row * tl.num_programs(1) + tile) < low:
+        return
+    largest, scale = tl.load(bounds + row * 4), tl.load(bounds + row * 4 + 1)
+    index = tl.arange(0, _NUM_PIVOTS)
+    pivots = pivot(low, high, index)
+    totals = tl.zeros((_NUM_PIVOTS, BLOCK), dtype=tl.int64)
+    for i in range(TILE // BLOCK):
+        token = tile * TILE + i * BLOCK + tl.arange(0, BLOCK)
+        x = _load_row(logits, row, token, vocab, stride_row, stride_step, num_steps)
+        totals += tl.where(x[None, :] >= pivots[:, None], weight_of(x, largest, scale)[None, :], 0)
+    tl.atomic_add(pivot_sums + (ROUND * num_rows + row) * _NUM_PIVOTS + index, tl.sum(totals, axis=1), sem="relaxed")
+
+
+@triton.jit
+def _collect(
+    values, ids, counts, pivot_sums, bounds, maxima, logits, top_k, top_p,
+    vocab, stride_row, stride_step, num_steps, num_rows,
+    ROUNDS: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    has_k = tl.load(top_k + row // num_steps) < vocab
+    p = tl.load(top_p + row // num_steps).to(tl.float32)
+    if (not has_k) & (p == float("inf")):
+        return
+    low, high, above = tl.load(bounds + row * 4 + 2), tl.load(bounds + row * 4 + 3), tl.full((), 0, tl.int64)
+    if ROUNDS > 0 and not has_k:
+        low, high, above = bracket(bounds, pivot_sums, needed_mass(p), row, num_rows, ROUNDS)
+    if tl.load(maxima + row * tl.num_programs(1) + tile) < low:
+        return
+    token = tile * TILE + tl.arange(0, TILE)
+    x = _load_row(logits, row, token, vocab, stride_row, stride_step, num_steps)
+    take = (token < vocab) & (x >= low) & (x < tl.where(above == 0, float("inf"), high))
+    taken = take.to(tl.int32)
+    place = tl.atomic_add(counts + row, tl.sum(taken, axis=0), sem="relaxed") + tl.cumsum(taken, axis=0) - 1
+    tl.store(values + row * CAPACITY + place, x, mask=take & (place < CAPACITY))
+    tl.store(ids + row * CAPACITY + place, token, mask=take & (place < CAPACITY))
+
+
+@triton.jit
+def _mask(masked, thresholds, last_ids, maxima, logits, vocab, stride_row, stride_step, num_steps, TILE: tl.constexpr):
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tile * TILE + tl.arange(0, TILE)
+    threshold = tl.load(thresholds + row)
+    x = tl.full((TILE,), float("-inf"), tl.float32)
+    if tl.load(maxima + row * tl.num_programs(1) + tile) >= threshold:
+        x = _load_row(logits, row, token, vocab, stride_row, stride_step, num_steps)
+    keep = (x > threshold) | ((x == threshold) & (token <= tl.load(last_ids + row)))
+    tl.store(masked + row * vocab + token, tl.where(keep, x, float("-inf")), mask=token < vocab)
+
+
+def top_k_top_p_triton(
+    logits: Tensor, top_k: Tensor, top_p: Tensor, max_top_k: int, any_top_p: bool, any_top_p_alone: bool
+) -> Tensor:
+    """As `selection.top_k_top_p`: logits [B, Q, vocab] float32, dense in the vocabulary."""
+    batch, num_steps, vocab = logits.shape
+    assert vocab < MAX_VOCAB and logits.dtype == torch.float32, (vocab, logits.dtype)
+    num_rows, num_tiles, num_groups = batch * num_steps, triton.cdiv(vocab, STATISTICS_TILE), triton.cdiv(vocab, GROUP)
+    masked = logits.new_empty(logits.shape)
+    if num_rows == 0:
+        return masked
+    grouped, rounds = max_top_k > 0, ROUNDS if any_top_p_alone else 0
+    top_k, top_p = top_k.contiguous(), top_p.contiguous()
+    floats = logits.new_empty(num_rows, 2 * num_tiles + num_groups + CAPACITY + 5)
+    sizes = [num_tiles, num_tiles, num_groups, CAPACITY, 4, 1]
+    maxima, sums, groups, values, bounds, thresholds = (
+        part.view(num_rows, -1) for part in floats.view(-1).split([num_rows * size for size in sizes])
+    )
+    ids = logits.new_empty((num_rows, CAPACITY + 2), dtype=torch.int32).view(-1)
+    ids, counts, last_ids = ids.split([num_rows * CAPACITY, num_rows, num_rows])
+    pivot_sums = logits.new_empty((max(rounds, 1), num_rows, NUM_PIVOTS), dtype=torch.int64)
+    tiles, row = (num_rows, num_tiles), (vocab, logits.stride(0), logits.stride(1), num_steps)
+    part_sizes = {"TILES": triton.next_power_of_2(num_tiles), "GROUPS": triton.next_power_of_2(num_groups)}
+    tile = {"TILE": STATISTICS_TILE, "num_warps": 4}
+    _survey[tiles](maxima, sums, groups, logits, *row, num_groups, GROUPED=grouped, GROUP=GROUP, **tile)
+    _plan[(num_rows,)](
+        bounds, counts, pivot_sums, maxima, sums, groups, top_k, top_p, vocab, num_steps, num_rows, num_tiles,
+        num_groups, GROUPED=grouped, ROUNDS=rounds, **part_sizes, num_warps=4,
+    )  # fmt: skip
+    for one in range(rounds):
+        _narrow[tiles](
+            pivot_sums, bounds, maxima, logits, top_k, top_p, *row, num_rows, ROUND=one, BLOCK=256, **tile
+        )  # fmt: skip
+    _collect[tiles](
+        values, ids, counts, pivot_sums, bounds, maxima, logits, top_k, top_p, *row, num_rows,
+        ROUNDS=rounds, CAPACITY=CAPACITY, **tile,
+    )  # fmt: skip
+    search[(num_rows,)](
+        thresholds, last_ids, logits, values, ids, counts, bounds, pivot_sums, top_k, top_p, *row, num_rows,
+        ROUNDS=rounds, CAPACITY=CAPACITY, num_warps=8,
+    )  # fmt: skip
+    _mask[tiles](masked, thresholds, last_ids, maxima, logits, *row, **tile)
+    return masked
