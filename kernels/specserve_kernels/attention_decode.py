@@ -42,12 +42,12 @@ def _combine(
     num_rows,
     kv_head,
     first_row,
+    rows,
     out_stride,
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
-    ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_PARTS: tl.constexpr,
 ):
@@ -60,7 +60,7 @@ def _combine(
     acc = tl.zeros([TILE_ROWS, DIM], dtype=tl.float32)
     for start in range(0, parts, TILE_PARTS):
         part = start + tl.arange(0, TILE_PARTS)
-        at = ((first_item + part) * KV_HEADS + kv_head).to(tl.int64)[:, None] * ROWS + row[None, :]
+        at = ((first_item + part) * KV_HEADS + kv_head).to(tl.int64)[:, None] * rows + row[None, :]
         read = (part < parts)[:, None] & real[None, :]
         # Other programs wrote these: past the first-level cache, which may hold what was there before.
         sums = tl.load(lse + at, mask=read, other=float("-inf"), cache_modifier=".cg")
@@ -145,7 +145,7 @@ def _attend(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "table_stride", "rows", "fresh"])
 def _decode_kernel(
     q_ptr,
     k_cache,
@@ -163,12 +163,13 @@ def _decode_kernel(
     out_stride,
     slot_stride,
     table_stride,
+    rows,
+    fresh,
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,  # head_dim, rounded up to a power of two
     BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -181,6 +182,8 @@ def _decode_kernel(
 ):
     kv_head, item, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     record = items + item * FIELDS
+    if fresh:  # the plan is the work of the kernel just before this one
+        wait(PDL)
     end = tl.load(record + 4)
     if end == 0:
         wait(PDL)
@@ -221,7 +224,7 @@ def _decode_kernel(
         whole = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + target[:, None] + dims[None, :], whole, mask=inside)
     else:
-        cell = (item * KV_HEADS + kv_head).to(tl.int64) * ROWS + row
+        cell = (item * KV_HEADS + kv_head).to(tl.int64) * rows + row
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(partial + cell[:, None] * HEAD_DIM + dims[None, :], result, mask=inside)
         tl.store(lse + cell, peak + tl.log2(total), mask=real)
@@ -234,8 +237,8 @@ def _decode_kernel(
                 num_rows = num_queries * GROUPS
                 for start in range(first_row, tl.minimum(first_row + BLOCK_M, num_rows), TILE_ROWS):
                     _combine(
-                        partial, lse, out_ptr, parts, first_item, num_rows, kv_head, start, out_stride,
-                        KV_HEADS, GROUPS, HEAD_DIM, DIM, ROWS, TILE_ROWS, TILE_PARTS,
+                        partial, lse, out_ptr, parts, first_item, num_rows, kv_head, start, rows, out_stride,
+                        KV_HEADS, GROUPS, HEAD_DIM, DIM, TILE_ROWS, TILE_PARTS,
                     )  # fmt: skip
 
 
@@ -304,8 +307,8 @@ def decode_attention_triton(
     assert q.stride()[1:] == out.stride()[1:] == (head_dim, 1), (q.stride(), out.stride())
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (head_dim, 1), k_cache.stride()
     meta, tile = run.meta, run.tile
-    planned = window in run.plans
-    if not planned:
+    fresh = window not in run.plans
+    if fresh:
         run.plans[window] = plan_triton(
             meta, run.counters, first_seq=run.first_seq, num_seqs=run.num_seqs, window=window, tile=tile.block_n,
             wave=run.wave,
@@ -313,12 +316,13 @@ def decode_attention_triton(
     items = run.plans[window]
     dim = max(16, triton.next_power_of_2(head_dim))
     tile_rows = min(run.block_m, triton.next_power_of_2(run.rows), max(1, _COMBINED // dim))
-    pdl = planned and overlaps(q)  # a plan made just now must be complete before it is read
+    pdl = overlaps(q)
     _decode_kernel[(kv_heads, items.shape[0], triton.cdiv(run.rows, run.block_m))](
         q, k_cache, v_cache, meta.block_tables, meta.positions, items, run.counters, run.partial, run.lse, out,
         window or 0, scale * math.log2(math.e), q.stride(0), out.stride(0), k_cache.stride(0),
-        meta.block_tables.stride(0), KV_HEADS=kv_heads, GROUPS=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim,
-        BLOCK_SIZE=meta.block_size, ROWS=run.rows, BLOCK_M=run.block_m, BLOCK_N=tile.block_n, TILE_ROWS=tile_rows,
+        meta.block_tables.stride(0), run.rows, int(fresh),
+        KV_HEADS=kv_heads, GROUPS=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=meta.block_size,
+        BLOCK_M=run.block_m, BLOCK_N=tile.block_n, TILE_ROWS=tile_rows,
         TILE_PARTS=max(1, _COMBINED // (tile_rows * dim)), FIELDS=FIELDS, WINDOWED=window is not None, FUSED=True,
         PREFETCH=2, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
     )  # fmt: skip

@@ -33,7 +33,10 @@ class Schedule(NamedTuple):
     wave: int
 
 
-@triton.jit(do_not_specialize=["first_seq", "num_seqs", "window", "capacity", "wave"])
+_NUMBERS = ["first_seq", "num_seqs", "window", "capacity", "wave", "counters_each", "tile", "full"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _plan_kernel(
     positions,
     query_start,
@@ -45,15 +48,16 @@ def _plan_kernel(
     window,
     capacity,
     wave,
-    COUNTERS: tl.constexpr,
+    counters_each,
+    tile,
+    full,
     SEQS: tl.constexpr,
-    TILE: tl.constexpr,
-    FULL: tl.constexpr,
     FIELDS: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
     """One program. An item is (first token, queries, row of the block tables, first key, end of keys, parts of the
-    sequence, first item of the sequence, 0); one without keys is empty. Sets the counters [capacity, COUNTERS] to 0."""
+    sequence, first item of the sequence, 0); one without keys is empty. Sets the counters [capacity, counters_each]
+    to 0."""
     i = tl.arange(0, SEQS)
     inside = i < num_seqs
     first = tl.load(query_start + first_seq + i, mask=inside, other=0)
@@ -63,8 +67,8 @@ def _plan_kernel(
     begin = tl.zeros([SEQS], dtype=tl.int32)
     if WINDOWED:
         oldest = tl.load(positions + first, mask=inside, other=0).to(tl.int32)
-        begin = tl.maximum(oldest - window + 1, 0) // TILE * TILE
-    tiles = (end - begin + TILE - 1) // TILE
+        begin = tl.maximum(oldest - window + 1, 0) // tile * tile
+    tiles = (end - begin + tile - 1) // tile
 
     # The shortest part, in tiles, of which there is room for all.
     part = 1
@@ -75,7 +79,7 @@ def _plan_kernel(
             enough = middle
         else:
             part = middle + 1
-    part = tl.maximum(part, tl.minimum((tl.sum(tiles) + wave - 1) // wave, FULL))
+    part = tl.maximum(part, tl.minimum((tl.sum(tiles) + wave - 1) // wave, full))
 
     parts = tl.maximum((tiles + part - 1) // part, 1)
     length = (tiles + parts - 1) // parts
@@ -84,18 +88,18 @@ def _plan_kernel(
     for j in range(0, tl.max(parts)):
         record = items + (first_item + j) * FIELDS
         used = j < parts
-        start = begin + j * length * TILE
+        start = begin + j * length * tile
         tl.store(record, first.to(tl.int32), mask=used)
         tl.store(record + 1, (last - first).to(tl.int32), mask=used)
         tl.store(record + 2, row, mask=used)
         tl.store(record + 3, start, mask=used)
-        tl.store(record + 4, tl.minimum(start + length * TILE, end), mask=used)
+        tl.store(record + 4, tl.minimum(start + length * tile, end), mask=used)
         tl.store(record + 5, parts, mask=used)
         tl.store(record + 6, first_item, mask=used)
-    for start in range(tl.sum(parts), capacity, SEQS):
-        tl.store(items + (start + i) * FIELDS + 4, 0, mask=start + i < capacity)
-    for start in range(0, capacity * COUNTERS, SEQS):
-        tl.store(counters + start + i, 0, mask=start + i < capacity * COUNTERS)
+    for unused in range(tl.sum(parts), capacity, SEQS):
+        tl.store(items + (unused + i) * FIELDS + 4, 0, mask=unused + i < capacity)
+    for counter in range(0, capacity * counters_each, SEQS):
+        tl.store(counters + counter + i, 0, mask=counter + i < capacity * counters_each)
 
 
 def schedule(num_seqs: int, kv_heads: int, max_tiles: int, programs: int) -> Schedule:
@@ -125,11 +129,11 @@ def plan_triton(
     """The items of sequences first_seq … first_seq + num_seqs - 1; counters: [capacity, KV heads * …] int32."""
     capacity, each = counters.shape
     items = torch.empty(capacity, FIELDS, dtype=torch.int32, device=counters.device)
-    seqs = triton.next_power_of_2(num_seqs)
+    seqs = max(64, triton.next_power_of_2(num_seqs))
     _plan_kernel[(1,)](
         meta.positions, meta.query_start, meta.rows, items, counters,
         first_seq, num_seqs, window or 0, capacity, wave,
-        COUNTERS=each, SEQS=seqs, TILE=tile, FULL=max(1, FULL_PART // tile), FIELDS=FIELDS,
-        WINDOWED=window is not None, num_warps=1 if seqs <= 64 else 4,
+        each, tile, max(1, FULL_PART // tile),
+        SEQS=seqs, FIELDS=FIELDS, WINDOWED=window is not None, num_warps=1 if seqs <= 64 else 4,
     )  # fmt: skip
     return items
