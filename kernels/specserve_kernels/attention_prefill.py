@@ -1,6 +1,6 @@
 """Attention of prefill chunks over a paged KV cache, in tiles (FlashAttention-2, Dao 2023).
 
-    out[t, h] = softmax(scale · q[t, h] Kᵀ) V   over the keys j of t's own sequence with p − window < j ≤ p = positions[t]
+    out[t, h] = softmax(scale · q[t, h] Kᵀ) V   over its sequence's keys j with p − window < j ≤ p = positions[t]
 
 q, out: [T, heads, head_dim] fp32, bf16 or fp16, contiguous in the last two dimensions; k_cache, v_cache: [num_slots,
 kv_heads, head_dim], key j of a sequence in slot table[j // block_size] * block_size + j % block_size; query head h
@@ -18,13 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specserve_kernels import attention_prefill_hopper
 from specserve_kernels.language import tl, triton
 
+SPECIALISED_FROM: int | None = None
+"""Keys from which attention_prefill_hopper, where it can run, is the faster kernel; None: never."""
 _SEQS = 64  # query starts looked at together while a program finds its sequence
 
 
 @triton.jit
-def _locate(query_start, first_seq, num_seqs, tile, TILE_Q: tl.constexpr, SEQS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _locate(query_start, first_seq, num_seqs, tile, TILE_Q: tl.constexpr, SEQS: tl.constexpr):
     """Sequence of the flat `tile` and the tile's place in it.
 
     Sequence first_seq + i gets the tiles from (its first token) // TILE_Q + i on: never too few, at most one too many.
@@ -41,7 +44,7 @@ def _locate(query_start, first_seq, num_seqs, tile, TILE_Q: tl.constexpr, SEQS: 
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def _attend(
     acc,
     total,
     peak,
@@ -101,8 +104,11 @@ def _attend(  # type: ignore[no-untyped-def]
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["first_seq", "num_seqs", "window"])
-def _prefill_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(
+    do_not_specialize=["first_seq", "num_seqs", "window"],
+    do_not_specialize_on_alignment=["rows", "query_start", "positions"],
+)
+def _prefill_kernel(
     q_ptr,
     k_cache,
     v_cache,
@@ -127,6 +133,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether tiles that need no mask have a loop of their own
     SEQS: tl.constexpr,
 ):
     TILE_Q: tl.constexpr = BLOCK_M // GROUPS
@@ -157,20 +164,24 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     acc = tl.zeros([BLOCK_M, DIM], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    middle = 0  # keys from here on, up to the diagonal's first tile, are visible to every row
-    diagonal = (first_at + 1) // BLOCK_N * BLOCK_N
+    diagonal = 0
     if WINDOWED:
-        start = tl.maximum(first_at - window + 1, 0) // BLOCK_N * BLOCK_N
-        middle = tl.minimum((tl.maximum(end - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N, diagonal)
-        middle = tl.maximum(middle, start)
+        diagonal = tl.maximum(first_at - window + 1, 0) // BLOCK_N * BLOCK_N
+    if SPLIT:
+        start = diagonal
+        middle = diagonal  # keys from here on, up to the diagonal's first tile, are visible to every row
+        diagonal = tl.maximum((first_at + 1) // BLOCK_N * BLOCK_N, start)
+        if WINDOWED:
+            middle = (tl.maximum(end - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+            middle = tl.minimum(tl.maximum(middle, start), diagonal)
+            acc, total, peak = _attend(
+                acc, total, peak, q, k_cache, v_cache, table, at, start, middle, end, slot_stride, window, scale,
+                HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=True, WINDOWED=True,
+            )  # fmt: skip
         acc, total, peak = _attend(
-            acc, total, peak, q, k_cache, v_cache, table, at, start, middle, end, slot_stride, window, scale,
-            HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=True, WINDOWED=True,
+            acc, total, peak, q, k_cache, v_cache, table, at, middle, diagonal, end, slot_stride, window, scale,
+            HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=False, WINDOWED=WINDOWED,
         )  # fmt: skip
-    acc, total, peak = _attend(
-        acc, total, peak, q, k_cache, v_cache, table, at, middle, diagonal, end, slot_stride, window, scale,
-        HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=False, WINDOWED=WINDOWED,
-    )  # fmt: skip
     acc, total, peak = _attend(
         acc, total, peak, q, k_cache, v_cache, table, at, diagonal, end, end, slot_stride, window, scale,
         HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=True, WINDOWED=WINDOWED,
@@ -181,24 +192,39 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
 
 
 class Tile(NamedTuple):
-    """Rows and keys of a tile, warps of a program, depth of the pipeline."""
+    """Rows and keys of a tile, warps of a program, depth of the pipeline, a loop without mask before that with it."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    split: bool = True
 
 
-def choose_tile(dtype: torch.dtype, dim: int, groups: int, max_query_len: int) -> Tile:
+def choose_tile(dtype: torch.dtype, dim: int, groups: int, max_query_len: int, windowed: bool) -> Tile:
     """The tile for `dim` (head_dim, a power of two) and sequences of up to `max_query_len` queries."""
     least = max(16, triton.next_power_of_2(groups))
     if dtype == torch.float32:  # no tensor cores in full fp32: small tiles keep the products in registers
-        return Tile(max(32, least) if dim <= 128 else max(16, least), 32, 4, 1)
+        return Tile(max(32, least) if dim <= 128 else max(16, least), 32, 8, 1)
     if dim > 128:
         return Tile(max(64, least), 64, 8, 2)
     if max_query_len * groups <= 64:
         return Tile(max(64, least), 64, 4, 3)
+    if windowed and dim == 128:  # the masks need registers
+        return Tile(max(128, least), 64, 8, 3)
     return Tile(max(128, least), 128, 8, 2 if dim == 128 else 3)
+
+
+def _specialised(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_size: int, max_query_len: int, max_context: int
+) -> bool:
+    groups = q.shape[1] // k_cache.shape[1]
+    return (
+        SPECIALISED_FROM is not None
+        and max_context >= SPECIALISED_FROM
+        and max_query_len * groups > 64  # fewer would leave half of its tile empty
+        and attention_prefill_hopper.takes(q, k_cache, v_cache, block_size)
+    )
 
 
 def prefill_attention_triton(
@@ -233,7 +259,14 @@ def prefill_attention_triton(
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == 1, (k_cache.stride(), v_cache.stride())
     assert max_context <= block_tables.shape[1] * block_size and block_tables.stride(1) == 1, "beyond the block table"
     dim = max(16, triton.next_power_of_2(head_dim))
-    tile = tile or choose_tile(q.dtype, dim, groups, max_query_len)
+    if tile is None and _specialised(q, k_cache, v_cache, block_size, max_query_len, max_context):
+        attention_prefill_hopper.prefill_attention_hopper(
+            q, k_cache, v_cache, block_tables, rows, query_start, positions, out, first_seq=first_seq,
+            num_seqs=num_seqs, max_query_len=max_query_len, max_context=max_context, block_size=block_size,
+            scale=scale, window=window,
+        )  # fmt: skip
+        return
+    tile = tile or choose_tile(q.dtype, dim, groups, max_query_len, window is not None)
     tile_q = tile.block_m // groups
     tiles = triton.cdiv(min(q.shape[0], num_seqs * max_query_len), tile_q) + num_seqs - 1
     _prefill_kernel[(tiles, kv_heads)](
@@ -241,6 +274,7 @@ def prefill_attention_triton(
         first_seq, num_seqs, window or 0, scale * math.log2(math.e),
         q.stride(0), out.stride(0), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
         GROUPS=groups, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOWED=window is not None, SEQS=_SEQS,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOWED=window is not None, SPLIT=tile.split,
+        SEQS=_SEQS,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from specserve_kernels import attention_prefill_hopper
 from specserve_kernels.attention_prefill import Tile, prefill_attention_triton
 from specserve_kernels.tolerances import OP
 
@@ -35,6 +38,8 @@ CASES = {
     "window": Case(((45, 30),), window=9, tile=SMALL),
     "window of one": Case(((3, 20),), window=1, tile=SMALL),
     "wide window": Case(((20, 25), (0, 12)), window=33, tile=SMALL),
+    "one loop": Case(((20, 25), (0, 12)), tile=Tile(16, 16, 4, 1, split=False)),
+    "one loop, window": Case(((20, 25), (0, 12)), window=10, tile=Tile(16, 16, 4, 1, split=False)),
     "pages of 5": Case(((13, 22), (0, 9)), block_size=5, tile=SMALL),
     "groups of 1": Case(((7, 19),), heads=2, kv_heads=2, tile=SMALL),
     "groups of 3": Case(((7, 19), (0, 6)), heads=6, kv_heads=2, tile=SMALL),
@@ -48,8 +53,30 @@ CASES = {
 }
 
 
+HOPPER_CASES = {
+    "one tile": Case(((0, 20),), dtype=torch.bfloat16, head_dim=128),
+    "several": Case(
+        ((500, 100), (0, 300), (37, 17), (129, 1)), dtype=torch.bfloat16, head_dim=128, heads=8, kv_heads=2
+    ),
+    "head_dim 64": Case(((500, 100), (0, 300)), dtype=torch.bfloat16, heads=14, kv_heads=2),
+    "pages of 256": Case(((0, 700),), dtype=torch.float16, head_dim=128, block_size=256),
+    "window": Case(((400, 300), (0, 90)), dtype=torch.bfloat16, head_dim=128, window=150),
+}
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_prefill_attention(case: Case, device: torch.device) -> None:
+    _check(case, device, partial(prefill_attention_triton, tile=case.tile))
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES.keys())
+def test_on_hopper(case: Case, device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("needs a Hopper GPU: Gluon is not interpreted")
+    _check(case, device, attention_prefill_hopper.prefill_attention_hopper)
+
+
+def _check(case: Case, device: torch.device, attention: Callable[..., None]) -> None:
     lens = [count for _, count in case.sequences]
     contexts = [before + count for before, count in case.sequences]
     q, k_cache, v_cache, tables, rows = _inputs(case, contexts, sum(lens), device)
@@ -60,10 +87,10 @@ def test_prefill_attention(case: Case, device: torch.device) -> None:
     first = 0
     for count in (len(lens) - len(lens) // 2, len(lens) // 2):  # all of them, in two calls where there are two
         if count:
-            prefill_attention_triton(
+            attention(
                 q, k_cache, v_cache, tables, rows, query_start, positions, out, first_seq=first, num_seqs=count,
                 max_query_len=max(lens[first : first + count]) + 3, max_context=max(contexts[first : first + count]),
-                block_size=case.block_size, scale=scale, window=case.window, tile=case.tile,
+                block_size=case.block_size, scale=scale, window=case.window,
             )  # fmt: skip
         first += count
     starts = query_start.tolist()
