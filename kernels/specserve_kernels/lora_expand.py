@@ -4,7 +4,8 @@
 
 over the slots of the token, in the order of the slots; s as `lora_shrink` leaves it. b [S, R * out_features] in the
 model's dtype holds for each part p of a slot, one after the other, its Bᵀ [R, width_p]: real ranks are whole rows, read
-alone. The sum is in float32 and added to y once. A program owns its piece of y: no atomics, always the same result.
+alone. Summed in float32, y included, and rounded once. A program owns its piece of y: no atomics, the same result
+whenever it is run.
 """
 
 from __future__ import annotations
@@ -13,25 +14,35 @@ from specserve_kernels.language import tl, triton
 from specserve_kernels.lora_shrink import next_code, slot_use
 from specserve_kernels.lora_tiles import _NONE
 
+MAX_PARTS = 4
+
 
 @triton.jit
-def _part_of_block(block, WIDTHS: tl.constexpr, COLUMNS: tl.constexpr):
+def _part_of_block(block, w0, w1, w2, w3, COLUMNS: tl.constexpr):
     """(part, its first column, its width, first column within it) of the block of COLUMNS columns."""
-    part, column, width, before = 0, 0, 0, 0
-    first_block, first_column = 0, 0
-    for p in tl.static_range(len(WIDTHS)):
-        if block >= first_block:
-            part, column, width, before = p, first_column, WIDTHS[p], first_block
-        first_block += (WIDTHS[p] + COLUMNS - 1) // COLUMNS
-        first_column += WIDTHS[p]
-    return part, column, width, (block - before) * COLUMNS
+    part, column, width = 0, 0, w0
+    for p in tl.static_range(1, 4):
+        blocks = tl.cdiv(width, COLUMNS)
+        if (part == p - 1) & (block >= blocks):
+            block -= blocks
+            part, column = p, column + width
+            width = w1 if p == 1 else w2 if p == 2 else w3
+    return part, column, width, block * COLUMNS
 
 
 @triton.jit
+def _b_tile(b_part, code, first_rank, slot_stride, width, c, RANKS: tl.constexpr):
+    """[RANKS, COLUMNS] of the slot's Bᵀ from row first_rank on, zeros beyond its rank; nothing is read for NONE."""
+    r = first_rank + tl.arange(0, RANKS)[:, None]
+    rows = b_part + (code >> 16).to(tl.int64) * slot_stride + r * width
+    return tl.load(rows, mask=(r < code & 0xFFFF) & (code != _NONE) & (c < width)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["parts"])
 def expand_kernel(
     y, b, s, tile_codes, tokens, codes,
-    out_features, max_rank, y_stride, split_stride,
-    WIDTHS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, RANKS: tl.constexpr,
+    w0, w1, w2, w3, parts, out_features, max_rank, y_stride, split_stride,
+    M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, RANKS: tl.constexpr,
     COLUMNS: tl.constexpr, SPLITS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -44,27 +55,29 @@ def expand_kernel(
     m = tl.arange(0, MP)
     token = tl.load(tokens + at)
     token_codes = tl.load(codes + at[:, None] * M + m[None, :], mask=m[None, :] < M, other=_NONE)
-    part, column, width, first = _part_of_block(tl.program_id(0), WIDTHS, COLUMNS)
+    part, column, width, first = _part_of_block(tl.program_id(0), w0, w1, w2, w3, COLUMNS)
     c = first + tl.arange(0, COLUMNS)
+    b_part = b + column * max_rank + c[None, :]
+    slot_stride = out_features * max_rank
+    b_tile = _b_tile(b_part, code, 0, slot_stride, width, c, RANKS)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()  # for s and y; all that is read above was there before `shrink` began
     y_tile = y + column + (token[:, None] * y_stride + c[None, :])
     y_mask = (token >= 0)[:, None] & (c < width)[None, :]
-    base = tl.load(y_tile, mask=y_mask, other=0.0)
+    total = tl.load(y_tile, mask=y_mask, other=0.0).to(tl.float32)
     padded_rank = tl.cdiv(max_rank, RANKS) * RANKS
-    product = tl.zeros([TILE, COLUMNS], tl.float32)
+    first_rank = 0
     while code != _NONE:
-        rank = code & 0xFFFF
         match, s_row = slot_use(token_codes, code, at, M, MP)
         used = tl.max(match.to(tl.int32), 1) > 0
-        s_rows = s + (s_row.to(tl.int64)[:, None] * len(WIDTHS) + part) * padded_rank
-        b_part = b + ((code >> 16).to(tl.int64) * out_features + column) * max_rank + c[None, :]
-        for first_rank in tl.range(0, rank, RANKS, num_stages=1):
-            r = first_rank + tl.arange(0, RANKS)
-            b_tile = tl.load(b_part + r[:, None] * width, mask=(r < rank)[:, None] & (c < width)[None, :], other=0.0)
-            if DEPENDENT:
-                tl.extra.cuda.gdc_wait()  # for s; all that is read above was there before `shrink` began
-            shrunk = tl.load(s_rows + r[None, :], mask=used[:, None], other=0.0)
-            for split in tl.static_range(1, SPLITS):
-                shrunk += tl.load(s_rows + split * split_stride + r[None, :], mask=used[:, None], other=0.0)
-            product = tl.dot(shrunk.to(FACTOR), b_tile.to(FACTOR), product, input_precision=PRECISION)
-        code = next_code(token_codes, code)
-    tl.store(y_tile, (base.to(tl.float32) + product).to(y.dtype.element_ty), mask=y_mask)
+        r = tl.multiple_of(first_rank, RANKS) + tl.arange(0, RANKS)
+        s_tile = s + (s_row.to(tl.int64)[:, None] * parts + part) * padded_rank + r[None, :]
+        shrunk = tl.load(s_tile, mask=used[:, None], other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            shrunk += tl.load(s_tile + split * split_stride, mask=used[:, None], other=0.0)
+        total = tl.dot(shrunk.to(FACTOR), b_tile.to(FACTOR), total, input_precision=PRECISION)
+        first_rank += RANKS
+        if first_rank >= code & 0xFFFF:
+            code, first_rank = next_code(token_codes, code), 0
+        b_tile = _b_tile(b_part, code, first_rank, slot_stride, width, c, RANKS)
+    tl.store(y_tile, total.to(y.dtype.element_ty), mask=y_mask)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.lora_expand import expand_kernel
+from specserve_kernels.lora_expand import MAX_PARTS, expand_kernel
 from specserve_kernels.lora_shrink import shrink_kernel
 from specserve_kernels.lora_tiles import LoraTiles, lora_tiles
 
@@ -84,6 +84,11 @@ def shrink_shape(num_tokens: int, in_features: int, max_rank: int, dtype: torch.
     return ShrinkShape(ranks, depth, split, triton.cdiv(in_features, split), 4)
 
 
+def expand_shape(num_tokens: int) -> tuple[int, int]:
+    """(columns of y that a program takes, its warps)."""
+    return (128, 4) if num_tokens <= _FEW_TOKENS else (128, 8)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupedLora:
     """The adapters of one forward's tokens, used by every linear of the model. `tiles` is as old as this object.
@@ -114,8 +119,8 @@ class GroupedLora:
         grid = (parts * triton.cdiv(self.max_rank, shape.ranks), shape.splits, tiles.tile_codes.shape[0])
         shrink_kernel[grid](
             x, factors.a, self.workspace, tiles.tile_codes, tiles.tokens, tiles.codes, tiles.weights,
-            x.shape[1], self.max_rank, x.stride(0), self._split_stride(parts, shape), parts,
-            **_columns(tiles), TILE=tiles.tile, RANKS=shape.ranks, DEPTH=shape.depth, SPLIT=shape.split,
+            x.shape[1], self.max_rank, x.stride(0), self._split_stride(parts, shape), parts, shape.split,
+            **_columns(tiles), TILE=tiles.tile, RANKS=shape.ranks, DEPTH=shape.depth,
             STAGES=shape.stages, PRECISION=_PRECISIONS[x.dtype], num_warps=4, **_dependent(x),
         )  # fmt: skip
 
@@ -128,12 +133,13 @@ class GroupedLora:
         assert self.num_tokens * y.stride(0) < 2**31, "offsets into y have 32 bits"
         shape = shrink_shape(self.num_tokens, factors.a.shape[1], self.max_rank, y.dtype)
         tiles, parts = self.tiles, len(factors.widths)
-        columns, warps = (128, 4) if tiles.tile <= 16 else (128, 8)
+        columns, warps = expand_shape(self.num_tokens)
         blocks = sum(triton.cdiv(width, columns) for width in factors.widths)
         expand_kernel[(blocks, tiles.tile_codes.shape[0])](
             y, factors.b, self.workspace, tiles.tile_codes, tiles.tokens, tiles.codes,
+            *factors.widths, *[0] * (MAX_PARTS - parts), parts,
             y.shape[1], self.max_rank, y.stride(0), self._split_stride(parts, shape),
-            WIDTHS=factors.widths, **_columns(tiles), TILE=tiles.tile, RANKS=shape.ranks, COLUMNS=columns,
+            **_columns(tiles), TILE=tiles.tile, RANKS=shape.ranks, COLUMNS=columns,
             SPLITS=shape.splits, FACTOR=_FACTORS[y.dtype], PRECISION=_PRECISIONS[y.dtype],
             num_warps=warps, **_dependent(y),
         )  # fmt: skip
@@ -150,6 +156,7 @@ def grouped_lora(
 
     slot_ranks [S] int64, 0 for an empty slot; the others as in `lora_tiles`.
     """
+    assert all(len(linear.widths) <= MAX_PARTS for linear in linears)
     num_tokens = token_rows.shape[0]
     tiles = lora_tiles(token_rows, row_slots, row_weights, slot_ranks, 16 if num_tokens <= _FEW_TOKENS else 64)
     shapes = [(shrink_shape(num_tokens, a.shape[1], max_rank, a.dtype), len(widths)) for a, _, widths in linears]

@@ -29,14 +29,14 @@ def next_code(codes, code):
     return tl.min(tl.where(codes > code, codes, _NONE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def shrink_kernel(
     x, a, s, tile_codes, tokens, codes, weights,
-    in_features, max_rank, x_stride, split_stride, parts,
+    in_features, max_rank, x_stride, split_stride, parts, features,
     M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, RANKS: tl.constexpr, DEPTH: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile, SPLIT of in_features, one part, RANKS of its rank; all slots of the tile in turn."""
+    """One program: a tile, `features` of in_features, one part, RANKS of its rank; all slots of the tile in turn."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # from here on `expand` may read everything but s
@@ -62,8 +62,8 @@ def shrink_kernel(
             x_rows = x + token[:, None] * x_stride
             a_rows = a + (((code >> 16).to(tl.int64) * parts + part) * max_rank + r)[:, None] * in_features
             product = tl.zeros([TILE, RANKS], tl.float32)
-            for offset in tl.range(0, SPLIT, DEPTH, num_stages=STAGES):
-                i = split * SPLIT + offset + depth
+            for offset in tl.range(0, features, DEPTH, num_stages=STAGES):
+                i = split * features + offset + depth
                 x_tile = tl.load(x_rows + i[None, :], mask=used[:, None] & (i[None, :] < in_features), other=0.0)
                 a_tile = tl.load(a_rows + i[None, :], mask=(r[:, None] < rank) & (i[None, :] < in_features), other=0.0)
                 product = tl.dot(x_tile, tl.trans(a_tile), product, input_precision=PRECISION)

@@ -86,7 +86,7 @@ def _smallest_codes(token_rows, first, num_tokens, row_slots, row_stride, slot_r
     return token, row, smallest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_slots"])
 def _tiles_kernel(
     token_rows, row_slots, row_weights, slot_ranks, tile_codes, tokens, codes, weights,
     num_tokens, num_tiles, row_stride, weight_stride, num_slots,
