@@ -10,10 +10,10 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 PYTEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-laws test-gpu check format demo bench-cpu clean
+.PHONY: help install test test-slow test-laws test-gpu check format demo bench-cpu bench-engine profile clean
 
 help: ## Show what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): pyproject.toml constraints-dev.txt
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -49,7 +49,25 @@ demo: $(INSTALLED) ## Serve the bundled models and send them a mixed batch
 	$(BIN)/python examples/demo.py
 
 bench-cpu: $(INSTALLED) ## Measure against transformers' generate on this CPU
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python -m benchmarks.cpu
+
+# The pair and its twin are written once; together they take 22 GB on disk.
+COMMA := ,
+PAIRS ?= build/pairs
+MODE ?= lora0_spec0,lora8_spec0,lora0_specauto,lora8_specauto
+BATCH ?= 8
+
+$(PAIRS)/pair/pair.json: | $(INSTALLED)
+	$(BIN)/python -m benchmarks.pair $(PAIRS)/pair --companions
+
+$(PAIRS)/twin/pair.json: | $(INSTALLED)
+	$(BIN)/python -m benchmarks.pair $(PAIRS)/twin --companions --eps 1.0 --layers 4
+
+bench-engine: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure decode and prefill on a GPU: MODE=lora8_spec4,...
+	$(BIN)/python -m benchmarks.engine $(PAIRS)/pair --twin $(PAIRS)/twin --mode $(MODE)
+
+profile: $(PAIRS)/pair/pair.json ## Show where a decode step's time goes: MODE=lora8_spec4 BATCH=8
+	$(BIN)/python -m benchmarks.step_profile $(PAIRS)/pair --mode $(firstword $(subst $(COMMA), ,$(MODE))) --batch $(BATCH)
 
 clean: ## Remove the environment, caches and build products
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

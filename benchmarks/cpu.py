@@ -1,6 +1,6 @@
 """specserve against transformers' `generate` on this CPU, with the bundled models, in one process and one run.
 
-    make bench-cpu          or          python benchmarks/cpu.py [--rounds 7] [--threads 4]
+    make bench-cpu          or          python -m benchmarks.cpu [--rounds 7] [--threads 4]
 
 Each request has 128 prompt tokens and 128 new ones, greedy, float32, end of text ignored. Every round runs all variants
 one after another, so that a change of the machine's speed meets all of them alike; figures are tokens/s, prefill
@@ -10,11 +10,7 @@ included, and their median over rounds. The prefix cache is off, for rounds repe
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -24,6 +20,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.record import append, commit, machine
 from specserve.config import DEMO_ROOT
 from specserve.core.sampling_params import NO_SPECULATION, SamplingParams, SpeculationParams
 from specserve.llm import LLM, Lora
@@ -104,19 +101,6 @@ def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
     return rates, {name: round(taken / drafted, 3) for name, (drafted, taken) in counts.items() if drafted}
 
 
-def machine() -> str:
-    """The processor's name and how many of it there are."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} × {names[0] if names else platform.processor() or platform.machine()}"
-
-
-def commit() -> str:
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def report(rates: dict[str, list[float]], acceptance: dict[str, float]) -> dict[str, float]:
     """Print the table; returns the ratio that each bar is about."""
     median = {name: statistics.median(values) for name, values in rates.items()}
@@ -144,9 +128,7 @@ def main() -> None:
         "threads": args.threads, "torch": torch.__version__, "transformers": transformers.__version__,
         "tokens_per_second": rates, "acceptance": acceptance, "ratios": ratios,
     }  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(RESULTS, record)
     print(f"Added to {RESULTS.relative_to(HERE.parent)}.")
 
 

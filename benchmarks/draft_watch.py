@@ -19,6 +19,11 @@ class Round(NamedTuple):
     tokens: Tensor
     logprobs: Tensor
 
+    def up_to(self, end: int) -> Round:
+        """Only the drafts at positions below `end`."""
+        count = end - self.length
+        return self._replace(tokens=self.tokens[:count], logprobs=self.logprobs[:count])
+
 
 class DraftWatch:
     """While entered, notes what the draft model's proposer returns.

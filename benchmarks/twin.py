@@ -134,9 +134,9 @@ def watch_drafts(engine: SpecserveEngine, mode: Mode, batch: int, vocab: int) ->
         sequels = engine.run(requests)
     numbers = {request.request_id: number for number, request in enumerate(requests[:MAX_WATCHED])}
     finals = [prompt + sequel.token_ids for prompt, sequel in zip(asked, sequels, strict=True)]
-    # After its last token a request may draft once more, for nobody and beyond its blocks.
+    # What a request drafts beyond its last token is for nobody, and may lie beyond its blocks.
     seen = [(numbers[r.request_id], r) for r in watch.rounds() if r.request_id in numbers]
-    seen = [(number, r) for number, r in seen if r.length < len(finals[number])]
+    seen = [(number, r.up_to(len(finals[number]))) for number, r in seen if r.length < len(finals[number])]
     if not seen:
         return None
     return Trial(

@@ -46,6 +46,7 @@ class SpecserveEngine:
         self.core = make_core(EngineConfig(**(options | dict(setup.options))))
         self._ids = count()
         self._drafting = SpeculationStats()
+        self._firsts = [0, 0]  # drafts at position 1, and how many were accepted
 
     def generate(self, prompts: Sequence[list[int]], adapters: Sequence[str | None], out: int) -> list[list[int]]:
         params = SamplingParams(temperature=0.0, max_tokens=out, ignore_eos=True)
@@ -89,13 +90,17 @@ class SpecserveEngine:
                 self._drafting.rounds += output.speculation.rounds
                 self._drafting.drafted += output.speculation.drafted
                 self._drafting.accepted += output.speculation.accepted
+                self._firsts[0] += sum(output.speculation.drafted_per_position[:1])
+                self._firsts[1] += sum(output.speculation.accepted_per_position[:1])
 
     def facts(self) -> dict[str, object]:
         drafting, self._drafting = self._drafting, SpeculationStats()
+        firsts, self._firsts = self._firsts, [0, 0]
         facts: dict[str, object] = {"num_blocks": self.core.ready.num_blocks, "dtype": self.core.ready.dtype}
         if drafting.rounds:
             facts["drafts_per_round"] = round(drafting.drafted / drafting.rounds, 3)
             facts["accepted_share"] = round(drafting.accepted / max(1, drafting.drafted), 4)
+            facts["accepted_first"] = round(firsts[1] / max(1, firsts[0]), 4)
             facts["tokens_per_round"] = round(1 + drafting.accepted / drafting.rounds, 3)
         # What graphs cost, where the runner captures any.
         graphs = getattr(self.core.built.runner, "graph_facts", None)
