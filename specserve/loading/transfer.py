@@ -1,4 +1,4 @@
-"""Checkpoint tensors, mapped from their files, → parameters: two threads, so that one reads while the other writes.
+"""Checkpoint tensors, mapped from their files, → parameters, on threads: some read while others write.
 
 Tensors go in pieces of rows. For a GPU a piece is read into page-locked memory, already in the parameter's dtype, and
 copied from there at the bus's speed: a copy straight from a mapped file waits for the disk page by page, and the bus
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specserve.layers.storage import Parameter, whole
 
-THREADS = 2
+THREADS = 4
 PIECE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
