@@ -23,6 +23,8 @@ from specserve_kernels.language import tl, triton
 
 SPECIALISED_FROM: int | None = None
 """Keys from which attention_prefill_hopper, where it can run, is the faster kernel; None: never."""
+_FEW_ROWS = 256 * 128
+"""Queries times heads that tiles of 128 rows spread over too few of a large GPU's (132) multiprocessors."""
 _SEQS = 64  # query starts looked at together while a program finds its sequence
 
 
@@ -201,30 +203,23 @@ class Tile(NamedTuple):
     split: bool = True
 
 
-def choose_tile(dtype: torch.dtype, dim: int, groups: int, max_query_len: int, windowed: bool) -> Tile:
-    """The tile for `dim` (head_dim, a power of two) and sequences of up to `max_query_len` queries."""
+def choose_tile(dtype: torch.dtype, dim: int, groups: int, rows: int, windowed: bool) -> Tile:
+    """The tile for `dim` (head_dim, a power of two) and up to `rows` queries times heads."""
     least = max(16, triton.next_power_of_2(groups))
     if dtype == torch.float32:  # no tensor cores in full fp32: small tiles keep the products in registers
         return Tile(max(32, least) if dim <= 128 else max(16, least), 32, 8, 1)
     if dim > 128:
         return Tile(max(64, least), 64, 8, 2)
-    if max_query_len * groups <= 64:
+    if rows < _FEW_ROWS:  # more programs, and two of them on a multiprocessor
         return Tile(max(64, least), 64, 4, 3)
     if windowed and dim == 128:  # the masks need registers
         return Tile(max(128, least), 64, 8, 3)
     return Tile(max(128, least), 128, 8, 2 if dim == 128 else 3)
 
 
-def _specialised(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_size: int, max_query_len: int, max_context: int
-) -> bool:
-    groups = q.shape[1] // k_cache.shape[1]
-    return (
-        SPECIALISED_FROM is not None
-        and max_context >= SPECIALISED_FROM
-        and max_query_len * groups > 64  # fewer would leave half of its tile empty
-        and attention_prefill_hopper.takes(q, k_cache, v_cache, block_size)
-    )
+def _specialised(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_size: int, rows: int, max_context: int) -> bool:
+    long = SPECIALISED_FROM is not None and max_context >= SPECIALISED_FROM and rows >= _FEW_ROWS
+    return long and attention_prefill_hopper.takes(q, k_cache, v_cache, block_size)
 
 
 def prefill_attention_triton(
@@ -254,27 +249,27 @@ def prefill_attention_triton(
     """
     _, heads, head_dim = q.shape
     kv_heads = k_cache.shape[1]
+    queries = min(q.shape[0], num_seqs * max_query_len)
     groups = heads // kv_heads
     assert q.stride()[1:] == out.stride()[1:] == (head_dim, 1), (q.stride(), out.stride())
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == 1, (k_cache.stride(), v_cache.stride())
     assert max_context <= block_tables.shape[1] * block_size and block_tables.stride(1) == 1, "beyond the block table"
     dim = max(16, triton.next_power_of_2(head_dim))
-    if tile is None and _specialised(q, k_cache, v_cache, block_size, max_query_len, max_context):
+    if tile is None and _specialised(q, k_cache, v_cache, block_size, queries * heads, max_context):
         attention_prefill_hopper.prefill_attention_hopper(
             q, k_cache, v_cache, block_tables, rows, query_start, positions, out, first_seq=first_seq,
             num_seqs=num_seqs, max_query_len=max_query_len, max_context=max_context, block_size=block_size,
             scale=scale, window=window,
         )  # fmt: skip
         return
-    tile = tile or choose_tile(q.dtype, dim, groups, max_query_len, window is not None)
+    tile = tile or choose_tile(q.dtype, dim, groups, queries * heads, window is not None)
     tile_q = tile.block_m // groups
-    tiles = triton.cdiv(min(q.shape[0], num_seqs * max_query_len), tile_q) + num_seqs - 1
+    tiles = triton.cdiv(queries, tile_q) + num_seqs - 1
     _prefill_kernel[(tiles, kv_heads)](
         q, k_cache, v_cache, block_tables, rows, query_start, positions, out,
         first_seq, num_seqs, window or 0, scale * math.log2(math.e),
         q.stride(0), out.stride(0), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
         GROUPS=groups, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOWED=window is not None, SPLIT=tile.split,
-        SEQS=_SEQS,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOWED=window is not None, SPLIT=tile.split, SEQS=_SEQS,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
