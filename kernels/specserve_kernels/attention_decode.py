@@ -3,15 +3,11 @@
     out[t, h] = softmax(scale · q[t, h] K[a..p]ᵀ) V[a..p]   with p = positions[t] and a as in `attention`
 
 Every key and value is read once: a program takes one part of one sequence's keys (an item of `attention_plan`) for one
-KV head, and all queries of the sequence times the head's groups are the rows of its tile. Row r is query r // groups of
-head kv_head * groups + r % groups. Scores and sums are fp32, with an online softmax in powers of two; weights are
-rounded to the cache's dtype for the product with V. Sequences of several parts leave in a workspace, for each part,
-
-    partial: [capacity, kv_heads, rows, head_dim] fp32, the part's own attention,
-    lse:     [capacity, kv_heads, rows] fp32, log2 of the part's sum of exp2(score · log2 e),
-
-and the last program to finish adds them up in the order of the parts, whichever came last, so that equal inputs give
-equal bits. The reference is `attention_ref.attend`.
+KV head, and all queries of the sequence times the head's groups are the rows of its tile. Row r is query r // groups
+of head kv_head * groups + r % groups. Scores and sums are fp32, with an online softmax in powers of two; weights are
+rounded to the cache's dtype for the product with V. The last program of a sequence to finish adds up the parts
+(`attention_combine`) in their order, whoever came last, so that equal inputs give equal bits. The reference is
+`attention_ref.attend`.
 """
 
 from __future__ import annotations
@@ -23,60 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specserve_kernels.attention_combine import COMBINED, combine
 from specserve_kernels.attention_interface import AttentionMetadata, AttentionShape
 from specserve_kernels.attention_plan import FIELDS, multiprocessors, plan_triton, schedule
 from specserve_kernels.language import tl, triton
 from specserve_kernels.overlap import overlaps, wait
-
-_COMBINED = 4096
-"""Numbers of the workspace that a program adds up at a time."""
-
-
-@triton.jit
-def _combine(
-    partial,
-    lse,
-    out,  # of the sequence's first token
-    parts,
-    first_item,
-    num_rows,
-    kv_head,
-    first_row,
-    rows,
-    out_stride,
-    KV_HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_PARTS: tl.constexpr,
-):
-    """out[row] = sum over parts of 2^lse partial[row] / sum of 2^lse, TILE_PARTS parts at a time."""
-    row = first_row + tl.arange(0, TILE_ROWS)
-    dims = tl.arange(0, DIM)
-    real = row < num_rows
-    peak = tl.full([TILE_ROWS], -1e30, dtype=tl.float32)
-    total = tl.zeros([TILE_ROWS], dtype=tl.float32)
-    acc = tl.zeros([TILE_ROWS, DIM], dtype=tl.float32)
-    for start in range(0, parts, TILE_PARTS):
-        part = start + tl.arange(0, TILE_PARTS)
-        at = ((first_item + part) * KV_HEADS + kv_head).to(tl.int64)[:, None] * rows + row[None, :]
-        read = (part < parts)[:, None] & real[None, :]
-        # Other programs wrote these: past the first-level cache, which may hold what was there before.
-        sums = tl.load(lse + at, mask=read, other=float("-inf"), cache_modifier=".cg")
-        cells = at[:, :, None] * HEAD_DIM + dims[None, None, :]
-        there = read[:, :, None] & (dims < HEAD_DIM)[None, None, :]
-        values = tl.load(partial + cells, mask=there, other=0.0, cache_modifier=".cg")
-        new_peak = tl.maximum(peak, tl.max(sums, 0))
-        weights = tl.exp2(sums - new_peak[None, :])
-        decay = tl.exp2(peak - new_peak)
-        total = total * decay + tl.sum(weights, 0)
-        acc = acc * decay[:, None] + tl.sum(weights[:, :, None] * values, 0)
-        peak = new_peak
-    result = acc / tl.maximum(total, 1.0)[:, None]  # the peak's own weight is 1
-    places = (row // GROUPS).to(tl.int64) * out_stride + (kv_head * GROUPS + row % GROUPS) * HEAD_DIM
-    inside = real[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(out + places[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -236,7 +183,7 @@ def _decode_kernel(
                 first_row = row_block * BLOCK_M
                 num_rows = num_queries * GROUPS
                 for start in range(first_row, tl.minimum(first_row + BLOCK_M, num_rows), TILE_ROWS):
-                    _combine(
+                    combine(
                         partial, lse, out_ptr, parts, first_item, num_rows, kv_head, start, rows, out_stride,
                         KV_HEADS, GROUPS, HEAD_DIM, DIM, TILE_ROWS, TILE_PARTS,
                     )  # fmt: skip
@@ -315,7 +262,7 @@ def decode_attention_triton(
         )  # fmt: skip
     items = run.plans[window]
     dim = max(16, triton.next_power_of_2(head_dim))
-    tile_rows = min(run.block_m, triton.next_power_of_2(run.rows), max(1, _COMBINED // dim))
+    tile_rows = min(run.block_m, triton.next_power_of_2(run.rows), max(1, COMBINED // dim))
     pdl = overlaps(q)
     _decode_kernel[(kv_heads, items.shape[0], triton.cdiv(run.rows, run.block_m))](
         q, k_cache, v_cache, meta.block_tables, meta.positions, items, run.counters, run.partial, run.lse, out,
@@ -323,6 +270,6 @@ def decode_attention_triton(
         meta.block_tables.stride(0), run.rows, int(fresh),
         KV_HEADS=kv_heads, GROUPS=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=meta.block_size,
         BLOCK_M=run.block_m, BLOCK_N=tile.block_n, TILE_ROWS=tile_rows,
-        TILE_PARTS=max(1, _COMBINED // (tile_rows * dim)), FIELDS=FIELDS, WINDOWED=window is not None, FUSED=True,
+        TILE_PARTS=max(1, COMBINED // (tile_rows * dim)), FIELDS=FIELDS, WINDOWED=window is not None, FUSED=True,
         PREFETCH=2, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
     )  # fmt: skip
