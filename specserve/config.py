@@ -34,11 +34,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_bytes: int = 1 << 29  # on a CPU
     gpu_memory_utilization: float = 0.9
     max_model_len: int | None = None  # None: the model's own
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None  # None: 8192 on a GPU, 2048 on a CPU
     max_waiting: int = 4096
     enable_prefix_caching: bool = True
     pipeline_depth: int | None = None  # None: 2 on a GPU, 1 on a CPU
+    enforce_eager: bool = False  # no CUDA graphs
     max_loras: int = 8  # device slots
     max_lora_rank: int = 64
     max_host_lora_bytes: int = 1 << 30
@@ -71,7 +72,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise _refused(field, f"must be {want}, got {value}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise _refused("gpu_memory_utilization", f"must be in (0, 1], got {self.gpu_memory_utilization}.")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise _refused(
                 "max_num_batched_tokens",
                 f"({self.max_num_batched_tokens}) must not be below --max-num-seqs ({self.max_num_seqs}): every "

@@ -69,14 +69,20 @@ class _Running:
 class LLM:
     """`LLM(model=..., draft_model=..., loras=(("sql", path),))` or `LLM(config)`.
 
-    Raises ModelLoadError or InvalidRequestError (a setting). `proposers`: more of them, by name.
+    Raises ModelLoadError or InvalidRequestError (a setting). `proposers`: more of them, by name;
+    `progress`: show bars on stderr while it starts.
     """
 
     def __init__(
-        self, config: EngineConfig | None = None, *, proposers: Sequence[Proposer] = (), **fields: Any
+        self,
+        config: EngineConfig | None = None,
+        *,
+        proposers: Sequence[Proposer] = (),
+        progress: bool = False,
+        **fields: Any,
     ) -> None:
         self.config = resolve_demo(config or EngineConfig(**fields))
-        self.engine = EngineCore(self.config, proposers)
+        self.engine = EngineCore(self.config, proposers, progress=progress)
         self.tokenizer = load_tokenizer(self.config.model)
         self._ids = count()
         self._seeds = SeedSource(self.config.seed)

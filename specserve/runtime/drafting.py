@@ -34,28 +34,31 @@ class Drafter:
         counts = layout.query_start[1:] - layout.query_start[:-1]
         self.rows.num_draft_computed.index_copy_(0, layout.row_index, start + counts)
 
-    def propose(self, groups: tuple[DraftGroup, ...], num_rows: int, vocab_size: int) -> Drafts | None:
-        """Drafts of all `num_rows` sampling rows (count 0 where a row has none); None if no row drafts."""
+    def propose(
+        self, groups: tuple[DraftGroup, ...], context_bounds: tuple[int, ...], vocab_size: int
+    ) -> Drafts | None:
+        """Drafts of all sampling rows, whose KV is bounded by `context_bounds` (count 0 where a row has none); None if
+        no row drafts."""
         if not groups:
             return None
-        parts = [(group.indices, self.proposers.get(group.proposer).propose(self._batch(group))) for group in groups]
-        if len(parts) == 1 and len(groups[0].plan_rows) == num_rows:
+        parts = [(group.indices, self._propose(group, context_bounds)) for group in groups]
+        if len(parts) == 1 and len(groups[0].rows) == len(context_bounds):
             return parts[0][1]
-        return merge_drafts(parts, num_rows, vocab_size)
+        return merge_drafts(parts, len(context_bounds), vocab_size)
 
-    def _batch(self, group: DraftGroup) -> DraftBatch:
-        row_list = tuple(row.row for row in group.plan_rows)
-        bounds = tuple(row.context_bound for row in group.plan_rows)
-        return DraftBatch(
+    def _propose(self, group: DraftGroup, context_bounds: tuple[int, ...]) -> Drafts:
+        bounds = tuple(context_bounds[place] for place in group.places)
+        batch = DraftBatch(
             rows=group.row_index,
-            num_drafts=tuple(row.num_drafts for row in group.plan_rows),
-            limits=group.num_drafts,
+            num_drafts=group.num_drafts,
+            limits=group.limits,
             history=self.rows.history,
             lengths=self.rows.num_tokens,
             num_tokens=self.rows.num_tokens[group.row_index],
-            sampling=self.rows.sampling.gather(row_list),
-            forward=self._forward_fn(row_list, group.row_index, bounds),
+            sampling=self.rows.sampling.gather(group.rows),
+            forward=self._forward_fn(group.rows, group.row_index, bounds),
         )
+        return self.proposers.get(group.proposer).propose(batch)
 
     def _forward_fn(
         self, row_list: tuple[int, ...], row_index: Tensor, bounds: tuple[int, ...]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from specserve.core.plan import PlanRow
 from specserve.device import Graph, capturing
@@ -42,7 +43,7 @@ class DecodeGraphs:
         self._bucket_of: list[int] = []  # by number of rows
 
     @torch.inference_mode()
-    def capture(self, max_rows: int, adapters: Sequence[bool], progress: Callable[[list[int]], Sequence[int]]) -> None:
+    def capture(self, max_rows: int, adapters: Sequence[bool], *, progress: bool) -> None:
         """One graph a bucket and kind of batch (without and with adapters), the largest first: the others reuse its
         memory."""
         sizes = buckets(max_rows)
@@ -53,7 +54,7 @@ class DecodeGraphs:
         for with_adapters in adapters:
             self._decode(sizes[-1], with_adapters)  # compiles the kernels
         with capturing(self._device) as pool:
-            for size in progress(sizes[::-1]):
+            for size in tqdm(sizes[::-1], desc="Capturing CUDA graphs", disable=not progress):
                 for with_adapters in adapters:
                     self._decode(size, with_adapters)  # picks the libraries' kernels for this size
                     work = _bind(self._decode, size, with_adapters)

@@ -36,21 +36,28 @@ def kv_bytes_per_block(spec: ModelSpec, block_size: int) -> int:
 
 
 class ModelState:
-    """`kv_caches[layer]` = (k, v), each [num_blocks * block_size, kv_heads, head_dim]."""
+    """`kv_caches[layer]` = (k, v), each [num_blocks * block_size, kv_heads, head_dim], once `allocate` was called."""
 
     def __init__(
-        self, model: Model, *, num_blocks: int, block_size: int, adapter_slots: int, max_rank: int, device: torch.device
+        self, model: Model, *, block_size: int, adapter_slots: int, max_rank: int, device: torch.device
     ) -> None:
-        spec = model.spec
-        shape = (num_blocks * block_size, spec.num_kv_heads, spec.head_dim)
         self.model = model
         self.block_size = block_size
-        self.kv_caches = [
-            (torch.zeros(shape, dtype=spec.dtype, device=device), torch.zeros(shape, dtype=spec.dtype, device=device))
-            for _ in range(spec.num_layers)
-        ]
+        self.kv_caches: list[tuple[Tensor, Tensor]] = []
         specs = [linear.spec for linear in model.linears]
-        self.adapters = AdapterPool(specs, adapter_slots, max_rank, spec.dtype, device)
+        self.adapters = AdapterPool(specs, adapter_slots, max_rank, model.spec.dtype, device)
+        self._device = device
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV cache, of finite numbers; one that was there before is given up."""
+        spec = self.model.spec
+        shape = (num_blocks * self.block_size, spec.num_kv_heads, spec.head_dim)
+        self.kv_caches = []
+
+        def zeros() -> Tensor:
+            return torch.zeros(shape, dtype=spec.dtype, device=self._device)
+
+        self.kv_caches = [(zeros(), zeros()) for _ in range(spec.num_layers)]
 
     def forward(
         self,
@@ -84,4 +91,6 @@ class ModelState:
         return self.model.forward(input_ids, ForwardContext(metadata, self.kv_caches, lora))
 
     def _lora(self, rows: DeviceRows, layout: StepLayout, token_rows: Tensor) -> LoraApplier | None:
+        if self.adapters.grouped:
+            return self.adapters.device_batch(token_rows, rows.adapter_slots, rows.adapter_weights)
         return self.adapters.make_batch([rows.adapters[row] for row in layout.rows], layout.query_lens)

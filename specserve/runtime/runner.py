@@ -21,19 +21,18 @@ from specserve.runtime.model_state import ModelState
 from specserve.runtime.rows import DeviceRows
 from specserve.runtime.step import StepInputs, StepPacker
 from specserve.runtime.ticket import AskedLogprobs, EmptyStep, SampledStep, Ticket
+from specserve.sampling.batch import SamplingBatch
 from specserve.sampling.logprobs import logprobs
 from specserve.sampling.processors import process
+from specserve.sampling.sample import sample
 from specserve.speculation.proposer import Drafts
 from specserve.speculation.registry import ProposerRegistry
 from specserve_adapters.host_adapter import HostAdapter
 from specserve_kernels.commit import commit_tokens
-from specserve_kernels.rejection import Verified, verify
+from specserve_kernels.rejection import verify
 
 HostAdapters = Callable[[str], tuple[HostAdapter, HostAdapter | None]]
 """Adapter version → target LoRA and draft companion in the host tier."""
-
-
-PROBE_TOKENS = 5
 
 
 class ModelRunner:
@@ -67,29 +66,40 @@ class ModelRunner:
         sampling_rows = [row for row in plan.rows if row.samples]
         if inputs.catch_up is not None:
             self.drafter.catch_up(inputs.catch_up, tuple(r.context_bound for r in plan.rows if r.draft_prefill))
-        vocab_size = self.target.model.spec.vocab_size
-        drafts = self.drafter.propose(inputs.draft_groups, len(sampling_rows), vocab_size)
+        bounds = tuple(row.context_bound for row in sampling_rows)
+        drafts = self.drafter.propose(inputs.draft_groups, bounds, self.target.model.spec.vocab_size)
         if drafts is not None:
             self._note_drafts(inputs.sampling_rows, drafts)
         logits = self._forward(plan.rows, inputs)  # [S, K+1, vocab] | None
         if logits is None:
             return EmptyStep(plan)
-        verified = self._verify(sampling_rows, inputs.sampling_rows, logits, drafts)
-        committed = self._commit(inputs, verified)
+        sampling = self.rows.sampling.gather(tuple(row.row for row in sampling_rows))
+        sampling = sampling.with_history(self.rows.num_tokens, self.rows.history)
+        tokens, counts = self._choose(inputs, sampling, logits, drafts)
+        committed = commit_tokens(self.rows.history, self.rows.num_tokens, inputs.sampling_rows, tokens, counts)
         drafted = None if drafts is None else drafts.counts
-        return SampledStep(plan, committed, drafted, self._logprobs(sampling_rows, logits, verified.tokens))
+        return SampledStep(plan, committed, drafted, self._logprobs(sampling_rows, logits, tokens))
+
+    @property
+    def states(self) -> list[ModelState]:
+        """Target and, where there is one, draft."""
+        return [self.target] if self.draft is None else [self.target, self.draft]
 
     @torch.inference_mode()
-    def probe(self) -> None:
-        """A verification's forward that changes nothing: row 0, which has no request yet, writes to block 0."""
-        self.forward_rows((0,), PROBE_TOKENS, PROBE_TOKENS)
+    def trial_step(self, num_rows: int, length: int) -> None:
+        """A step of `num_rows` sequences of `length` tokens that changes nothing, for measuring time and memory: the
+        padding row's, into block 0; greedy, with probabilities computed once for the samplers' temporaries."""
+        rows = (self.rows.padding_row,) * num_rows
+        layout = uniform_layout(rows, upload(np.asarray(rows, dtype=np.int64), self.device), length)
+        hidden = self.target.forward(self.rows, layout, layout.offset, (length,) * num_rows)
+        logits = self.target.model.compute_logits(hidden[length - 1 :: length])
+        logits.float().softmax(-1).argmax(-1)
 
-    @torch.inference_mode()
-    def forward_rows(self, rows: tuple[int, ...], count: int, context_bound: int) -> Tensor:
-        """Logits [B, vocab] of the last of `count` tokens from position 0 on of each of `rows`; for measuring."""
-        layout = uniform_layout(rows, upload(np.asarray(rows, dtype=np.int64), self.device), count)
-        hidden = self.target.forward(self.rows, layout, layout.offset, (context_bound,) * len(rows))
-        return self.target.model.compute_logits(hidden[count - 1 :: count])
+    def capture_graphs(self, max_rows: int, max_context: int, *, with_adapters: bool, progress: bool) -> None:
+        """Capture a graph of each decode step that may come; from then on those steps are replayed."""
+        graphs = DecodeGraphs(self.target, self.rows, max_context, self.device)
+        graphs.capture(max_rows, (False, True) if with_adapters else (False,), progress=progress)
+        self.graphs = graphs
 
     def _load_adapters(self, plan: StepPlan) -> None:
         for load in plan.adapter_loads:
@@ -125,28 +135,28 @@ class ModelRunner:
         chunks = inputs.starts.shape[0]
         return last if not chunks else torch.cat((last[:-chunks], inputs.starts))
 
-    def _verify(self, rows: list[PlanRow], row_index: Tensor, logits: Tensor, drafts: Drafts | None) -> Verified:
-        num_tokens = self.rows.num_tokens[row_index]  # [S]
+    def _choose(
+        self, inputs: StepInputs, sampling: SamplingBatch, logits: Tensor, drafts: Drafts | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens [S, K+1] and how many of each row to commit [S] (None: all). Without drafts a row's own sample is
+        what verification would give."""
+        num_tokens = self.rows.num_tokens[inputs.sampling_rows]  # [S]
         if drafts is None:
-            drafts = Drafts(num_tokens.new_zeros(len(rows), 0), torch.zeros_like(num_tokens))
-        sampling = self.rows.sampling.gather(tuple(row.row for row in rows))
-        sampling = sampling.with_history(self.rows.num_tokens, self.rows.history)
-        processed = process(logits, sampling, drafts.tokens)
-        return verify(
-            processed, drafts.tokens, drafts.counts, drafts.probs, sampling.seed, num_tokens, sampling.temperature,
-            sampling.is_coupled, any_coupled=sampling.any_coupled, any_rejection=sampling.any_rejection,
+            return sample(logits, sampling, num_tokens), None
+        verified = verify(
+            process(logits, sampling, drafts.tokens), drafts.tokens, drafts.counts, drafts.probs, sampling.seed,
+            num_tokens, sampling.temperature, sampling.is_coupled,
+            any_coupled=sampling.any_coupled, any_rejection=sampling.any_rejection,
         )  # fmt: skip
-
-    def _commit(self, inputs: StepInputs, verified: Verified) -> Tensor:
-        """Counts and tokens [S, K+2], now behind the rows' history."""
-        rows, row_index = self.rows, inputs.sampling_rows
         if inputs.draft_limits is not None:
-            # After k passes the draft's KV is right for the old tokens and all accepted drafts but the k-th.
-            limit = inputs.draft_limits
-            right = rows.num_tokens[row_index] + torch.minimum(verified.num_accepted, limit - 1)
-            before = rows.num_draft_computed[row_index]
-            rows.num_draft_computed.index_copy_(0, row_index, torch.where(limit > 0, right, before))
-        return commit_tokens(rows.history, rows.num_tokens, row_index, verified.tokens, verified.num_tokens)
+            self._note_draft_kv(inputs.sampling_rows, inputs.draft_limits, num_tokens, verified.num_accepted)
+        return verified.tokens, verified.num_tokens
+
+    def _note_draft_kv(self, row_index: Tensor, limits: Tensor, num_tokens: Tensor, num_accepted: Tensor) -> None:
+        """After k passes the draft's KV is right for the old tokens and all accepted drafts but the k-th."""
+        before = self.rows.num_draft_computed[row_index]
+        right = num_tokens + torch.minimum(num_accepted, limits - 1)
+        self.rows.num_draft_computed.index_copy_(0, row_index, torch.where(limits > 0, right, before))
 
     def _logprobs(self, rows: list[PlanRow], logits: Tensor, tokens: Tensor) -> AskedLogprobs | None:
         wanted = [self.rows.num_logprobs[row.row] for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +19,29 @@ MAX_KEPT = 32
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DraftGroup:
-    """The rows that one proposer drafts for: their places among the sampling rows, on host and device."""
+    """The G rows that one proposer drafts for. `places`: among the sampling rows, on the host; `indices` [G] int64: the
+    same on the device; `row_index` [G] int64: device rows; `limits` [G] int64: drafts of each, as `num_drafts`."""
 
     proposer: str
-    plan_rows: tuple[PlanRow, ...]
-    indices: Tensor  # [G] int64, among the sampling rows
-    row_index: Tensor  # [G] int64, device rows
-    num_drafts: Tensor  # [G] int64
+    places: tuple[int, ...]
+    rows: tuple[int, ...]
+    num_drafts: tuple[int, ...]
+    indices: Tensor
+    row_index: Tensor
+    limits: Tensor
+
+
+class _PackedGroup(NamedTuple):
+    """A DraftGroup whose tensors are handles into a step's buffer."""
+
+    proposer: str
+    places: tuple[int, ...]
+    rows: tuple[int, ...]
+    num_drafts: tuple[int, ...]
+    handles: tuple[slice, slice, slice]
+
+    def on_device(self, packed: Packer) -> DraftGroup:
+        return DraftGroup(*self[:4], *(packed[handle] for handle in self.handles))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,16 +112,12 @@ class _Making:
         limits = [row.num_drafts if keeps_kv.get(row.proposer or "") else 0 for row in self._sampling]
         self._limits = packer.add(limits) if any(limits) else None
 
-    def _pack_group(self, name: str, packer: Packer) -> tuple[str, tuple[PlanRow, ...], slice, slice, slice]:
-        indices = [i for i, row in enumerate(self._sampling) if row.num_drafts and (row.proposer or "") == name]
-        rows = tuple(self._sampling[i] for i in indices)
-        return (
-            name,
-            rows,
-            packer.add(indices),
-            packer.add([row.row for row in rows]),
-            packer.add([row.num_drafts for row in rows]),
-        )
+    def _pack_group(self, name: str, packer: Packer) -> _PackedGroup:
+        places = [i for i, row in enumerate(self._sampling) if row.num_drafts and (row.proposer or "") == name]
+        rows = tuple(self._sampling[i].row for i in places)
+        num_drafts = tuple(self._sampling[i].num_drafts for i in places)
+        handles = (packer.add(places), packer.add(rows), packer.add(num_drafts))
+        return _PackedGroup(name, tuple(places), rows, num_drafts, handles)
 
     def inputs(self, packed: Packer) -> StepInputs:
         return StepInputs(
@@ -113,10 +126,7 @@ class _Making:
             sample_index=None if self._sample_index is None else packed[self._sample_index],
             sampling_rows=packed[self._sampling_rows],
             catch_up=None if self._catch_up is None else self._catch_up.on_device(packed),
-            draft_groups=tuple(
-                DraftGroup(name, rows, packed[indices], packed[row_index], packed[counts])
-                for name, rows, indices, row_index, counts in self._groups
-            ),
+            draft_groups=tuple(group.on_device(packed) for group in self._groups),
             draft_limits=None if self._limits is None else packed[self._limits],
         )
 

@@ -53,3 +53,8 @@ def process(logits: Tensor, batch: SamplingBatch, drafts: Tensor) -> Tensor:
         if processor.is_active(batch):
             logits = processor.apply(logits, batch, drafts)
     return logits
+
+
+def only_temperature(batch: SamplingBatch) -> bool:
+    """Whether no processor but the temperature does anything to this batch."""
+    return not any(processor.is_active(batch) for processor in PROCESSORS if processor.apply is not temperature.apply)

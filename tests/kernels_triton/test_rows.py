@@ -23,13 +23,14 @@ def test_gather_inputs(device: torch.device, tokens: int, block_size: int) -> No
 
 
 @pytest.mark.parametrize("columns", [1, 4, 5])
-def test_commit_tokens(device: torch.device, columns: int) -> None:
+@pytest.mark.parametrize("all_kept", [False, True])
+def test_commit_tokens(device: torch.device, columns: int, all_kept: bool) -> None:
     generator = torch.Generator().manual_seed(columns)
     history = torch.randint(1000, (6, 40), generator=generator).to(device)
     num_tokens = torch.randint(1, 30, (6,), generator=generator).to(device)
     rows = torch.tensor([4, 0, 5], device=device)
     tokens = torch.randint(1000, (3, columns), generator=generator).to(device)
-    counts = torch.randint(1, columns + 1, (3,), generator=generator).to(device)
+    counts = None if all_kept else torch.randint(1, columns + 1, (3,), generator=generator).to(device)
     mine, wanted = (history.clone(), num_tokens.clone()), (history.clone(), num_tokens.clone())
     packed = commit_tokens_triton(*mine, rows, tokens, counts)
     assert torch.equal(packed, commit_tokens_ref(*wanted, rows, tokens, counts))

@@ -10,10 +10,11 @@ import torch
 
 from specserve.config import MAX_DRAFTS, Dtype, EngineConfig, resolve_demo
 from specserve.core.errors import InvalidRequestError, ModelLoadError
-from specserve.device import free_memory, resolve_device
+from specserve.device import resolve_device
+from specserve.engine.core.memory import allocate_kv_caches
 from specserve.loading import load_model
 from specserve.models.spec import ModelSpec
-from specserve.runtime.model_state import Model, ModelState, kv_bytes_per_block
+from specserve.runtime.model_state import Model, ModelState
 from specserve.runtime.rows import DeviceRows
 from specserve.runtime.runner import ModelRunner
 from specserve.speculation.proposer import Proposer
@@ -24,12 +25,14 @@ from specserve_adapters.manager import AdapterManager
 # already bound by arithmetic: measured with the bundled models, 8 rows of 3 tokens beat 8 of 5 and 8 of 1. On a GPU
 # they are bound by the weights' bytes up to a few hundred.
 CHEAP_TOKENS = {"cpu": 24, "cuda": 256}
+BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}  # of a step, where no setting says
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """What EngineCore is made of, with every "auto" decided."""
 
+    config: EngineConfig
     spec: ModelSpec
     runner: ModelRunner
     adapters: AdapterManager
@@ -37,6 +40,7 @@ class Resolved:
     device: torch.device
     num_blocks: int
     max_model_len: int
+    max_num_batched_tokens: int
     pipeline_depth: int
     default_proposer: str | None
     cheap_tokens: int
@@ -61,50 +65,42 @@ def resolve_max_model_len(asked: int | None, specs: list[ModelSpec]) -> int:
     return asked or limit
 
 
-def resolve_num_blocks(config: EngineConfig, specs: list[ModelSpec], max_model_len: int, device: torch.device) -> int:
-    """Blocks of the KV pool, block 0 included; one sequence of full length must fit."""
-    per_sequence = -(-max_model_len // config.block_size)
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        on_cpu = device.type == "cpu"
-        budget = config.kv_cache_bytes if on_cpu else free_memory(device, config.gpu_memory_utilization)
-        per_block = sum(kv_bytes_per_block(spec, config.block_size) for spec in specs)
-        num_blocks = min(budget // per_block, per_sequence * config.max_num_seqs + 1)
-    if num_blocks < per_sequence + 1:
-        raise InvalidRequestError(
-            f"The KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of --max-model-len "
-            f"{max_model_len} needs {per_sequence + 1}: lower --max-model-len or give the cache more memory.",
-            param="num_blocks" if config.num_blocks is not None else "max_model_len",
-        )
-    return num_blocks
-
-
-def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = ()) -> Resolved:
-    """Load the models and allocate everything. Raises ModelLoadError or InvalidRequestError."""
+def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = (), *, progress: bool = False) -> Resolved:
+    """Load the models and allocate everything, with progress bars on stderr if asked. Raises ModelLoadError or
+    InvalidRequestError."""
     config.validate()
     config = resolve_demo(config)
     device = usable_device(config.device)
-    target = load_model(config.model, dtype=config.dtype, device=device)
-    draft = _load_draft(config, target.spec, device)
+    batched_tokens = resolve_batched_tokens(config, device)
+    target = load_model(config.model, dtype=config.dtype, device=device, progress=progress)
+    draft = _load_draft(config, target.spec, device, progress=progress)
     models: list[Model] = [target] if draft is None else [target, draft]
-    specs = [model.spec for model in models]
-    max_model_len = resolve_max_model_len(config.max_model_len, specs)
-    num_blocks = resolve_num_blocks(config, specs, max_model_len, device)
+    max_model_len = resolve_max_model_len(config.max_model_len, [model.spec for model in models])
     proposers = ProposerRegistry(has_draft_model=draft is not None, extra=extra_proposers)
     adapters = _build_adapters(config, models)
-    states = [_state(config, model, num_blocks, device) for model in models]
+    states = [_state(config, model, device) for model in models]
     rows = DeviceRows(
         config.max_num_seqs, max_model_len, slack=2 * (MAX_DRAFTS + 1), block_size=config.block_size,
         vocab_size=target.spec.vocab_size, max_adapters=config.max_adapters_per_request, device=device,
         dtype=torch.float64 if target.spec.dtype == torch.float64 else torch.float32,
     )  # fmt: skip
     runner = ModelRunner(states[0], states[1] if draft else None, rows, proposers, adapters.host, device)
+    num_blocks = allocate_kv_caches(config, runner, max_model_len, batched_tokens)
+    if device.type == "cuda" and not config.enforce_eager and target.spec.dtype != torch.float64:
+        runner.capture_graphs(config.max_num_seqs, max_model_len, with_adapters=config.max_loras > 0, progress=progress)
     return Resolved(
-        spec=target.spec, runner=runner, adapters=adapters, proposers=proposers, device=device, num_blocks=num_blocks,
-        max_model_len=max_model_len, pipeline_depth=config.pipeline_depth or (1 if device.type == "cpu" else 2),
+        config=config, spec=target.spec, runner=runner, adapters=adapters, proposers=proposers, device=device,
+        num_blocks=num_blocks, max_model_len=max_model_len, max_num_batched_tokens=batched_tokens,
+        pipeline_depth=config.pipeline_depth or (1 if device.type == "cpu" else 2),
         default_proposer=default_proposer(config, proposers),
         cheap_tokens=CHEAP_TOKENS.get(device.type, CHEAP_TOKENS["cuda"]),
     )  # fmt: skip
+
+
+def resolve_batched_tokens(config: EngineConfig, device: torch.device) -> int:
+    """Tokens of a step: the setting, else what suits the device."""
+    usual = BATCHED_TOKENS.get(device.type, BATCHED_TOKENS["cuda"])
+    return config.max_num_batched_tokens or max(usual, config.max_num_seqs)
 
 
 def usable_device(name: str) -> torch.device:
@@ -131,10 +127,10 @@ def default_proposer(config: EngineConfig, proposers: ProposerRegistry) -> str |
     return config.proposer
 
 
-def _load_draft(config: EngineConfig, target: ModelSpec, device: torch.device) -> Model | None:
+def _load_draft(config: EngineConfig, target: ModelSpec, device: torch.device, *, progress: bool) -> Model | None:
     if config.draft_model is None:
         return None
-    draft = load_model(config.draft_model, dtype=dtype_name(target.dtype), device=device)
+    draft = load_model(config.draft_model, dtype=dtype_name(target.dtype), device=device, progress=progress)
     check_draft(target, draft.spec)
     return draft
 
@@ -151,10 +147,10 @@ def _build_adapters(config: EngineConfig, models: list[Model]) -> AdapterManager
     return manager
 
 
-def _state(config: EngineConfig, model: Model, num_blocks: int, device: torch.device) -> ModelState:
+def _state(config: EngineConfig, model: Model, device: torch.device) -> ModelState:
     return ModelState(
-        model, num_blocks=num_blocks, block_size=config.block_size, adapter_slots=config.max_loras,
-        max_rank=config.max_lora_rank, device=device,
+        model, block_size=config.block_size, adapter_slots=config.max_loras, max_rank=config.max_lora_rank,
+        device=device,
     )  # fmt: skip
 
 

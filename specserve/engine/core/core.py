@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from msgspec.structs import replace
@@ -35,6 +36,7 @@ from specserve.scheduling.scheduler import Scheduler
 from specserve.speculation.proposer import Proposer
 from specserve_adapters.manager import LoadTicket
 
+PROBE_TOKENS = 5  # a verification's
 IDLE_SECONDS = 0.001  # how long a step waits when all requests wait for an adapter's read
 
 AdapterCall = LoadAdapter | UnloadAdapter | PinAdapter | ListAdapters
@@ -43,12 +45,13 @@ AdapterCall = LoadAdapter | UnloadAdapter | PinAdapter | ListAdapters
 class EngineCore:
     """One engine: models, scheduler, runner. Not thread-safe; two engines in one process are independent.
 
-    Raises ModelLoadError or InvalidRequestError (a setting) at construction. `proposers`: more of them, by name.
+    Raises ModelLoadError or InvalidRequestError (a setting) at construction. `proposers`: more of them, by name;
+    `progress`: show bars on stderr while it starts.
     """
 
-    def __init__(self, config: EngineConfig, proposers: Sequence[Proposer] = ()) -> None:
-        built = build_engine(config, proposers)
-        self.config = config
+    def __init__(self, config: EngineConfig, proposers: Sequence[Proposer] = (), *, progress: bool = False) -> None:
+        built = build_engine(config, proposers, progress=progress)
+        self.config = built.config
         self.built: Resolved = built
         self.adapters = built.adapters
         self.kv = KVCacheManager(
@@ -58,7 +61,7 @@ class EngineCore:
             self.kv,
             built.adapters,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=built.max_num_batched_tokens,
             draft_kv=built.proposers.keeps_kv(),
             cheap_tokens=built.cheap_tokens,
         )
@@ -247,9 +250,11 @@ class EngineCore:
 
 def make_core(config: EngineConfig) -> EngineCore:
     """The engine of a process of its own, with as many CPU threads as serve its model best (or OMP_NUM_THREADS)."""
-    core = EngineCore(config)
+    core = EngineCore(config, progress=True)
     if core.built.device.type == "cpu" and not environment_threads():
-        torch.set_num_threads(fastest_thread_count(core.built.runner.probe, torch.get_num_threads()))
+        runner = core.built.runner
+        probe = partial(runner.trial_step, 1, PROBE_TOKENS)
+        torch.set_num_threads(fastest_thread_count(probe, torch.get_num_threads()))
     return core
 
 

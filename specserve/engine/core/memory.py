@@ -1,0 +1,45 @@
+"""How large the KV cache may be: what a GPU has left after the heaviest step was tried, or what the settings say."""
+
+from __future__ import annotations
+
+from specserve.config import EngineConfig
+from specserve.core.errors import InvalidRequestError
+from specserve.device import free_memory, peak_memory
+from specserve.runtime.model_state import kv_bytes_per_block
+from specserve.runtime.runner import ModelRunner
+
+
+def allocate_kv_caches(
+    config: EngineConfig, runner: ModelRunner, max_model_len: int, max_num_batched_tokens: int
+) -> int:
+    """Give all models their KV caches; returns the number of blocks, block 0 included."""
+    per_sequence = -(-max_model_len // config.block_size)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        per_block = sum(kv_bytes_per_block(state.model.spec, config.block_size) for state in runner.states)
+        num_blocks = min(
+            _budget(config, runner, max_model_len, max_num_batched_tokens) // per_block,
+            per_sequence * config.max_num_seqs + 1,
+        )
+    if num_blocks < per_sequence + 1:
+        raise InvalidRequestError(
+            f"The KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of --max-model-len "
+            f"{max_model_len} needs {per_sequence + 1}: lower --max-model-len or give the cache more memory.",
+            param="num_blocks" if config.num_blocks is not None else "max_model_len",
+        )
+    for state in runner.states:
+        state.allocate(num_blocks)
+    return num_blocks
+
+
+def _budget(config: EngineConfig, runner: ModelRunner, max_model_len: int, max_num_batched_tokens: int) -> int:
+    """Bytes for the KV caches. On a GPU: what `gpu_memory_utilization` leaves beside the weights, the heaviest step,
+    and the graphs, which keep the memory of the largest decode step for themselves."""
+    if runner.device.type == "cpu":
+        return config.kv_cache_bytes
+    for state in runner.states:
+        state.allocate(1)  # all tokens of the trial go to block 0
+    length = min(max_num_batched_tokens, max_model_len)
+    heaviest = peak_memory(runner.device, lambda: runner.trial_step(max_num_batched_tokens // length, length))
+    graphs = peak_memory(runner.device, lambda: runner.trial_step(config.max_num_seqs, 1))
+    return max(0, free_memory(runner.device, config.gpu_memory_utilization) - heaviest - graphs)

@@ -1,0 +1,122 @@
+"""Steps on a CUDA device: nothing in them waits for the device, and a replayed graph does what its launches do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from specserve.config import EngineConfig
+from specserve.core.messages import AddRequest, LoraRef, RequestOutput
+from specserve.core.plan import StepPlan
+from specserve.core.sampling_params import SamplingParams, SpeculationParams
+from specserve.engine.core.core import EngineCore
+from specserve.llm import LLM
+from specserve.runtime.ticket import Ticket
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+PROMPTS = ["def read_lines(path):\n", "SELECT name, count(*) FROM", "function map(list, f) {", "Return the number of"]
+LORAS = [None, "sql", "javascript", [LoraRef("docs", 0.5), LoraRef("sql", 0.7)]]
+
+
+@contextmanager
+def no_synchronization() -> Iterator[None]:
+    """Any call that makes the host wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class WatchedExecutor:
+    """An executor whose submissions must not wait."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._runner = core.built.runner
+        self.steps = 0
+
+    def submit(self, plan: StepPlan) -> Ticket:
+        self.steps += 1
+        with no_synchronization():
+            return self._runner.submit(plan)
+
+
+def run(core: EngineCore, params: SamplingParams, loras: list[Any]) -> dict[str, list[int]]:
+    """Token ids of requests that come in one after another, so that prefill and decode share steps."""
+    waiting = [
+        AddRequest(request_id=str(i), prompt_ids=list(range(5 + i, 40 + 7 * i)), params=params, seed=i, lora=lora)
+        for i, lora in enumerate(loras)
+    ]
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in waiting}
+    while waiting or core.has_work():
+        if waiting:
+            core.add_request(waiting.pop(0))
+        core.poll_replies()
+        for _ in range(3):
+            outputs: list[RequestOutput] = core.step()
+            for output in outputs:
+                assert output.error is None
+                tokens[output.request_id] += output.token_ids
+    return tokens
+
+
+SETTINGS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "logprobs": SamplingParams(temperature=0.0, logprobs=2),
+    "temperature": SamplingParams(temperature=0.8, seed=1),
+    "top_p": SamplingParams(temperature=0.8, top_p=0.9),
+    "top_k": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01),
+    "penalties": SamplingParams(temperature=0.5, frequency_penalty=0.3, repetition_penalty=1.1, logit_bias={7: 1.0}),
+    "min_tokens": SamplingParams(temperature=0.0, min_tokens=5),
+}
+SPECULATION = {
+    "none": SpeculationParams(num_draft_tokens=0),
+    "draft_model": SpeculationParams(num_draft_tokens=3, proposer="draft_model"),
+    "ngram": SpeculationParams(num_draft_tokens=3, proposer="ngram"),
+    "rejection": SpeculationParams(num_draft_tokens=2, proposer="draft_model", method="rejection"),
+}
+
+
+@pytest.fixture(scope="module")
+def core() -> Iterator[EngineCore]:
+    core = EngineCore(EngineConfig(model="demo", device="cuda", dtype="bfloat16", num_blocks=400, max_num_seqs=16))
+    # Every adapter is read before; reading is not part of a step.
+    run(core, SamplingParams(temperature=0.0, max_tokens=2), [(LoraRef(name),) for name in ("sql", "docs")])
+    yield core
+    core.close()
+
+
+@pytest.mark.parametrize("speculation", SPECULATION)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_step_never_waits_for_the_device(core: EngineCore, setting: str, speculation: str) -> None:
+    params = replace(SETTINGS[setting], max_tokens=12, ignore_eos=True, speculation=SPECULATION[speculation])
+    loras = [(), (LoraRef("sql"),), (LoraRef("docs", 0.5), LoraRef("sql", 0.7))]
+    run(core, params, loras)  # compiles what was not yet
+    watched = core.executor = WatchedExecutor(core)
+    tokens = run(core, params, loras)
+    core.executor = core.built.runner
+    assert watched.steps > 5
+    assert all(len(ids) == 12 for ids in tokens.values())
+
+
+def test_a_graph_does_what_its_launches_do() -> None:
+    """Bit for bit: the same kernels run, on padded batches too, with adapters and without."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=24, logprobs=1, ignore_eos=True, speculation=SpeculationParams(num_draft_tokens=0)
+    )
+    found = []
+    for eager in (True, False):
+        llm = LLM(model="demo", device="cuda", dtype="bfloat16", num_blocks=400, max_num_seqs=16, enforce_eager=eager)
+        outputs = [*llm.generate(PROMPTS * 3, params, LORAS * 3), *llm.generate(PROMPTS[:3], params)]
+        found.append([(o.token_ids, [entry.logprob for entry in o.logprobs or []]) for o in outputs])
+        llm.close()
+    assert found[0] == found[1]
