@@ -1,4 +1,4 @@
-"""Checkpoint tensors reach a CUDA device whole through page-locked pieces, and rotary rows come from a captured graph."""
+"""Tensors reach a CUDA device whole through page-locked pieces, and rotary rows come from a captured graph."""
 
 from __future__ import annotations
 
