@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
-from benchmarks.engines import Setup, release_memory
-from benchmarks.engines.specserve import SpecserveEngine
-from benchmarks.pair import load_settings
+from benchmarks.engines import Engine, Mode
 
 REPEATS = 10
 BATCH = 64
@@ -16,25 +13,19 @@ PROMPT = 96
 NEW_TOKENS = 64
 
 
-def check_repeatability(setup: Setup, batch: int = BATCH, alone: int = ALONE) -> dict[str, object]:
-    """`identical`: REPEATS runs of one request, one after another, gave the same tokens. `alone_equal`: share of
-    requests whose tokens alone are those in a batch. bf16 sums depend on the batch's shape, so a twin's may differ."""
-    vocab = load_settings(setup.pair).shape("target").vocab - 256
+def check_repeatability(
+    engine: Engine, mode: Mode, vocab: int, batch: int = BATCH, alone: int = ALONE
+) -> dict[str, object]:
+    """`identical`: REPEATS runs of one request, one after another, gave the same tokens. `alone_equal`: the share of
+    requests whose tokens alone are those in a batch; sums in bf16 depend on the batch's shape, so it may be below 1."""
     rng = random.Random(0)
     prompts = [[rng.randrange(vocab) for _ in range(PROMPT)] for _ in range(batch)]
-    adapters = setup.mode.adapters(batch)
-    engine = SpecserveEngine(replace(setup, max_model_len=1024))
-    try:
-        engine.generate(prompts[:1], adapters[:1], NEW_TOKENS)
-        repeats = [engine.generate(prompts[:1], adapters[:1], NEW_TOKENS)[0] for _ in range(REPEATS)]
-        together = engine.generate(prompts, adapters, NEW_TOKENS)
-        single = [engine.generate(prompts[i : i + 1], adapters[i : i + 1], NEW_TOKENS)[0] for i in range(alone)]
-    finally:
-        engine.close()
-        del engine
-        release_memory()
+    adapters = mode.adapters(batch)
+    repeats = [engine.generate(prompts[:1], adapters[:1], NEW_TOKENS)[0] for _ in range(REPEATS)]
+    together = engine.generate(prompts, adapters, NEW_TOKENS)
+    single = [engine.generate(prompts[i : i + 1], adapters[i : i + 1], NEW_TOKENS)[0] for i in range(alone)]
     equal = sum(one == both for one, both in zip(single, together, strict=False))
     return {
-        "pair": setup.pair.name, "identical": all(tokens == repeats[0] for tokens in repeats), "repeats": REPEATS,
+        "identical": all(tokens == repeats[0] for tokens in repeats), "repeats": REPEATS,
         "alone_equal": round(equal / alone, 4), "alone": alone, "batch": batch,
     }  # fmt: skip

@@ -30,8 +30,8 @@ import torch
 from benchmarks.checks import check_repeatability
 from benchmarks.engines import NAMES, Engine, Mode, Setup, open_engine, release_memory
 from benchmarks.long_context import measure_long
-from benchmarks.pair import load_settings
 from benchmarks.record import append, surroundings
+from benchmarks.shapes import load_settings
 from benchmarks.twin import check_twin
 
 WARM_UP_TOKENS = 8
@@ -78,8 +78,10 @@ def measure_cell(engine: Engine, mode: Mode, batch: int, work: Workload, rng: ra
     }  # fmt: skip
 
 
-def measure_mode(name: str, setup: Setup, batches: Sequence[int], work: Workload, emit: Callable[[Row], None]) -> None:
-    """All cells of one mode on one engine."""
+def measure_mode(
+    name: str, setup: Setup, batches: Sequence[int], work: Workload, emit: Callable[[Row], None], *, check: bool
+) -> Row:
+    """All cells of one mode on one engine; returns what `check` finds about its repeatability."""
     begin = time.perf_counter()
     engine = open_engine(name, setup)
     load = round(time.perf_counter() - begin, 1)
@@ -89,10 +91,22 @@ def measure_mode(name: str, setup: Setup, batches: Sequence[int], work: Workload
         seconds(engine, setup.mode, first, replace(work, out=min(16, work.out)), rng)
         for batch in batches:
             emit(measure_cell(engine, setup.mode, batch, work, rng) | {"load_s": load})
+        return {"repeatable": check_repeatability(engine, setup.mode, work.vocab)} if check else {}
     finally:
         engine.close()
         del engine
         release_memory()
+
+
+def measure_twin(setup: Setup, batches: Sequence[int], work: Workload, *, check: bool) -> tuple[dict[int, Row], Row]:
+    """Outcomes by batch size, and what `check` finds on the twin."""
+    found: Row = {}
+
+    def also(engine: Engine) -> None:
+        if check:
+            found["twin_repeatable"] = check_repeatability(engine, setup.mode, work.vocab)
+
+    return check_twin(setup, batches, also), found
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -124,8 +138,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: the engine's own settings, kept in rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if args.engine != "specserve" and (args.twin or args.check or args.long):
-        parser.error("--twin, --check and --long look inside specserve.")
+    if args.engine != "specserve" and (args.twin or args.long):
+        parser.error("--twin and --long look inside specserve.")
     return args
 
 
@@ -138,11 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for mode in map(Mode.parse, args.mode.split(",")):
         setup = Setup(args.pair, mode, args.device, settings.dtype, options=args.options)
-        twin = check_twin(replace(setup, pair=args.twin), batches) if args.twin else {}
-        release_memory()
+        twin, extras = (
+            measure_twin(replace(setup, pair=args.twin), batches, work, check=args.check) if args.twin else ({}, {})
+        )
         same = {
             "engine": args.engine, "mode": str(mode), "pair": settings.target, "dtype": settings.dtype,
-            "draft": settings.draft if mode.speculates else None, "draft_dtype": settings.dtype,
+            "draft": settings.draft if mode.speculates else None, "draft_dtype": settings.dtype if mode.speculates else None,
             "alpha": settings.alpha, "options": args.options, **surroundings(args.device),
         }  # fmt: skip
 
@@ -151,11 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             append(args.results, rows[-1])
             print(json.dumps(rows[-1]), flush=True)
 
-        if batches != [0]:
-            measure_mode(args.engine, setup, batches, work, emit)
-        extras: Row = {}
-        if args.check:
-            extras["repeatability"] = [check_repeatability(replace(setup, pair=p)) for p in (args.pair, args.twin) if p]
+        extras |= measure_mode(args.engine, setup, batches, work, emit, check=args.check)
         if args.long:
             extras["long"] = measure_long(setup, settings)
         if extras:

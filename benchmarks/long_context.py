@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from benchmarks.engines import Mode, Setup, release_memory
 from benchmarks.engines.specserve import Sequel, SpecserveEngine
-from benchmarks.pair import PairSettings, Shape
+from benchmarks.shapes import PairSettings, Shape
 from specserve.core.sampling_params import SamplingParams
 
 CONTEXT = 32768

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engines import Mode, Setup
 from benchmarks.engines.specserve import SpecserveEngine
-from benchmarks.pair import load_settings
+from benchmarks.shapes import load_settings
 from benchmarks.trace_table import device_events, table
 from specserve.core.sampling_params import SamplingParams
 from specserve.engine.core.core import EngineCore

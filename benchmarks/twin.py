@@ -35,8 +35,8 @@ from torch import Tensor
 from benchmarks.draft_watch import DraftWatch
 from benchmarks.engines import Mode, Setup, release_memory
 from benchmarks.engines.specserve import SpecserveEngine
-from benchmarks.pair import DTYPES, load_settings
 from benchmarks.reference import Reference
+from benchmarks.shapes import load_settings
 from specserve.core.sampling_params import MAX_LOGPROBS, SamplingParams, SpeculationParams
 from specserve_kernels.tolerances import MODEL
 
@@ -149,21 +149,24 @@ def watch_drafts(engine: SpecserveEngine, mode: Mode, batch: int, vocab: int) ->
     )
 
 
-def check_twin(setup: Setup, batches: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """Batch size → the outcome, as rows carry it."""
+def check_twin(
+    setup: Setup, batches: Sequence[int], also: Callable[[SpecserveEngine], None] = lambda engine: None
+) -> dict[int, dict[str, Any]]:
+    """Batch size → the outcome, as rows carry it. `also` is called with the engine at the end."""
     settings = load_settings(setup.pair)
     vocab = settings.shape("target").vocab - 256
     engine = SpecserveEngine(replace(setup, options={**setup.options, "pipeline_depth": 2}))
+    dtype = getattr(torch, engine.core.ready.dtype)
     try:
         run_trial(engine, setup.mode, max(8, setup.mode.loras), vocab)  # every adapter is on the device
         right = {batch: run_trial(engine, setup.mode, batch, vocab) for batch in batches}
         wrong = {batch: run_trial(engine, setup.mode, batch, vocab, replace_page=True) for batch in batches}
         drafts = {batch: watch_drafts(engine, setup.mode, batch, vocab) for batch in batches if setup.mode.speculates}
+        also(engine)
     finally:
         engine.close()
         del engine
         release_memory()
-    dtype = DTYPES[settings.dtype]
     target = Judge(setup, "target", setup.loras, dtype)
     outcomes = {batch: target.judge(right[batch], {"page_replaced": wrong[batch]}) for batch in batches}
     del target

@@ -97,6 +97,8 @@ class SpecserveEngine:
         drafting, self._drafting = self._drafting, SpeculationStats()
         firsts, self._firsts = self._firsts, [0, 0]
         facts: dict[str, object] = {"num_blocks": self.core.ready.num_blocks, "dtype": self.core.ready.dtype}
+        if self.core.built.runner.draft is not None:
+            facts["draft_dtype"] = str(self.core.built.runner.draft.model.spec.dtype).removeprefix("torch.")
         if drafting.rounds:
             facts["drafts_per_round"] = round(drafting.drafted / drafting.rounds, 3)
             facts["accepted_share"] = round(drafting.accepted / max(1, drafting.drafted), 4)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pair import PairSettings, write_pair
+from benchmarks.pair import write_pair
+from benchmarks.shapes import PairSettings
 
 SMALL = {"target": "tiny", "draft": "tiny", "adapters": 2, "rank": 4, "companions": True, "dtype": "float32"}
 

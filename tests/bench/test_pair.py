@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.engines import Mode, Setup, open_engine
-from benchmarks.pair import load_settings, permutations
+from benchmarks.pair import permutations
+from benchmarks.shapes import load_settings
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.8, 1.0])

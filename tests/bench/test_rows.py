@@ -12,7 +12,7 @@ from benchmarks.engine import main
 from benchmarks.engines import Mode, Setup, open_engine
 from benchmarks.engines.specserve import Sequel
 from benchmarks.long_context import decode_bytes, decode_seconds, measure_long, prefill_flops
-from benchmarks.pair import SHAPES, load_settings
+from benchmarks.shapes import SHAPES, load_settings
 
 KEYS = {"engine", "mode", "batch", "inp", "out", "decode_ms_per_tok", "prefill_s", "total_s", "out_tok_s", "load_s"}
 ABOUT = {"commit", "date", "torch", "triton", "driver", "device", "dtype", "draft_dtype", "twin"}
@@ -55,7 +55,11 @@ def test_modes_read_as_they_are_written() -> None:
 
 
 def test_repeatability_is_reported(pair: Path) -> None:
-    found = check_repeatability(Setup(pair, Mode(2, 0), "cpu", "float32"), batch=4, alone=2)
+    engine = open_engine("specserve", Setup(pair, Mode(2, 0), "cpu", "float32"))
+    try:
+        found = check_repeatability(engine, Mode(2, 0), 1000, batch=4, alone=2)
+    finally:
+        engine.close()
     assert (found["identical"], found["alone_equal"]) == (True, 1.0)
 
 
