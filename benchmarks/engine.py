@@ -157,7 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         same = {
             "engine": args.engine, "mode": str(mode), "pair": settings.target, "dtype": settings.dtype,
-            "draft": settings.draft if mode.speculates else None, "draft_dtype": settings.dtype if mode.speculates else None,
+            "draft": settings.draft if mode.speculates else None,
+            "draft_dtype": settings.dtype if mode.speculates else None,
             "alpha": settings.alpha, "options": args.options, **surroundings(args.device),
         }  # fmt: skip
 
