@@ -38,6 +38,13 @@ def _b_tile(b_part, code, first_rank, slot_stride, width, c, RANKS: tl.constexpr
     return tl.load(rows, mask=(r < code & 0xFFFF) & (code != _NONE) & (c < width)[None, :], other=0.0)
 
 
+@triton.jit
+def _sum_splits(s_rows, used, split_stride, RANKS: tl.constexpr, SPLITS: tl.constexpr):
+    """s of RANKS ranks, [TILE, RANKS]. All splits are loaded at once: adding load by load would wait for each."""
+    k, r = tl.arange(0, SPLITS)[:, None, None], tl.arange(0, RANKS)[None, None, :]
+    return tl.sum(tl.load(s_rows[None, :, None] + k * split_stride + r, mask=used[None, :, None], other=0.0), 0)
+
+
 @triton.jit(do_not_specialize=["parts"])
 def expand_kernel(
     y, b, s, tile_codes, tokens, codes,
@@ -54,7 +61,6 @@ def expand_kernel(
     at = tile * TILE + tl.arange(0, TILE)
     m = tl.arange(0, MP)
     token = tl.load(tokens + at)
-    token_codes = tl.load(codes + at[:, None] * M + m[None, :], mask=m[None, :] < M, other=_NONE)
     part, column, width, first = _part_of_block(tl.program_id(0), w0, w1, w2, w3, COLUMNS)
     c = first + tl.arange(0, COLUMNS)
     b_part = b + column * max_rank + c[None, :]
@@ -64,20 +70,27 @@ def expand_kernel(
         tl.extra.cuda.gdc_wait()  # for s and y; all that is read above was there before `shrink` began
     y_tile = y + column + (token[:, None] * y_stride + c[None, :])
     y_mask = (token >= 0)[:, None] & (c < width)[None, :]
-    total = tl.load(y_tile, mask=y_mask, other=0.0).to(tl.float32)
-    padded_rank = tl.cdiv(max_rank, RANKS) * RANKS
+    base = tl.load(y_tile, mask=y_mask, other=0.0)
+    s_part = s + part * (tl.cdiv(max_rank, RANKS) * RANKS)
+    row_stride = parts * (tl.cdiv(max_rank, RANKS) * RANKS)
+    total = tl.zeros([TILE, COLUMNS], tl.float32)
     first_rank = 0
-    while code != _NONE:
-        match, s_row = slot_use(token_codes, code, at, M, MP)
-        used = tl.max(match.to(tl.int32), 1) > 0
-        r = tl.multiple_of(first_rank, RANKS) + tl.arange(0, RANKS)
-        s_tile = s + (s_row.to(tl.int64)[:, None] * parts + part) * padded_rank + r[None, :]
-        shrunk = tl.load(s_tile, mask=used[:, None], other=0.0)
-        for split in tl.static_range(1, SPLITS):
-            shrunk += tl.load(s_tile + split * split_stride, mask=used[:, None], other=0.0)
+    while first_rank < code & 0xFFFF:  # the smallest slot is every token's, and first in its rows of s
+        s_tile = s_part + (at * M).to(tl.int64) * row_stride + tl.multiple_of(first_rank, RANKS)
+        shrunk = _sum_splits(s_tile, token >= 0, split_stride, RANKS, SPLITS)
         total = tl.dot(shrunk.to(FACTOR), b_tile.to(FACTOR), total, input_precision=PRECISION)
         first_rank += RANKS
-        if first_rank >= code & 0xFFFF:
-            code, first_rank = next_code(token_codes, code), 0
         b_tile = _b_tile(b_part, code, first_rank, slot_stride, width, c, RANKS)
-    tl.store(y_tile, total.to(y.dtype.element_ty), mask=y_mask)
+    token_codes = tl.load(codes + at[:, None] * M + m[None, :], mask=m[None, :] < M, other=_NONE)
+    code = next_code(token_codes, code)
+    while code != _NONE:
+        used, s_row = slot_use(token_codes, code, at, M)
+        first_rank = 0
+        while first_rank < code & 0xFFFF:
+            b_tile = _b_tile(b_part, code, first_rank, slot_stride, width, c, RANKS)
+            s_tile = s_part + s_row.to(tl.int64) * row_stride + tl.multiple_of(first_rank, RANKS)
+            shrunk = _sum_splits(s_tile, used, split_stride, RANKS, SPLITS)
+            total = tl.dot(shrunk.to(FACTOR), b_tile.to(FACTOR), total, input_precision=PRECISION)
+            first_rank += RANKS
+        code = next_code(token_codes, code)
+    tl.store(y_tile, (base.to(tl.float32) + total).to(y.dtype.element_ty), mask=y_mask)

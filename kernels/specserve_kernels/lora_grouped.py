@@ -41,7 +41,7 @@ class SlotFactors(NamedTuple):
 
 
 class ShrinkShape(NamedTuple):
-    """How the first product is cut: `splits` of `split` features, read `depth` at a time, `ranks` rank rows."""
+    """How the first product is cut: `splits`, a power of 2, of `split` features, `depth` at a time; `ranks` at a time."""
 
     ranks: int
     depth: int
@@ -75,13 +75,13 @@ def grouped_lora_ref(
 
 
 def shrink_shape(num_tokens: int, in_features: int, max_rank: int, dtype: torch.dtype) -> ShrinkShape:
-    """Few tokens: enough splits to fill the device, at most 16 because `expand` reads every one of them."""
+    """Few tokens: enough splits to fill the device, but `expand` reads every one of them."""
     few = num_tokens <= _FEW_TOKENS
     ranks = min(32 if few else 64, max(16, triton.next_power_of_2(max_rank)))
     depth = 32 if dtype == torch.float32 else 128 if few else 64
-    most, least = (16, 256) if num_tokens <= 64 else (8, 512) if few else (4, 1024) if num_tokens <= 2048 else (2, 2048)
-    split = max(least, _round_up(triton.cdiv(in_features, most), depth))
-    return ShrinkShape(ranks, depth, split, triton.cdiv(in_features, split), 4)
+    most, least = (8, 256) if few else (4, 1024) if num_tokens <= 2048 else (2, 2048)
+    splits = 1 << max(0, min(most, in_features // least).bit_length() - 1)
+    return ShrinkShape(ranks, depth, _round_up(triton.cdiv(in_features, splits), depth), splits, 4)
 
 
 def expand_shape(num_tokens: int) -> tuple[int, int]:

@@ -2,11 +2,11 @@
 
     s[k, place * M + j, p, r] = weight · Σ_{i in split k} x[token, i] · a[(slot * P + p) * R + r, i]
 
-for every place of `LoraTiles`, j the first column of its token's codes that names the slot, weight the sum over those
-that do. x [T, in_features] and a [S * P * R, in_features] in the model's dtype; s float32,
-[splits, places * M, P, R rounded up to RANKS], written only where a token uses a slot, up to the slot's rank and zeros
-to the next multiple of RANKS (so that it is read without a mask). Splits keep a small batch's reading of A in many
-programs; the second half adds them in order.
+for every place of `LoraTiles`, j the number of its token's codes smaller than the slot's, weight the sum over those
+that name it. x [T, in_features] and a [S * P * R, in_features] in the model's dtype; s float32, [splits, places * M, P,
+R rounded up to RANKS], written only where a token uses a slot, up to the slot's rank and zeros to the next multiple of
+RANKS (so that it is read without a mask). Splits keep a small batch's reading of A in many programs; the second half
+adds them in order.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from specserve_kernels.lora_tiles import _NONE
 
 
 @triton.jit
-def slot_use(codes, code, at, M: tl.constexpr, MP: tl.constexpr):
-    """Of the places `at` [TILE]: which columns [TILE, MP] name `code`, and the row of s [TILE] that it has there."""
-    m = tl.arange(0, MP)[None, :]
-    match = (codes == code) & (m < M)
-    return match, at * M + tl.min(tl.where(match, m, MP), 1)
+def slot_use(codes, code, at, M: tl.constexpr):
+    """Of the places `at` [TILE] with `codes` [TILE, MP]: who uses `code`, and the row of s that it has there."""
+    return tl.sum((codes == code).to(tl.int32), 1) > 0, at * M + tl.sum((codes < code).to(tl.int32), 1)
 
 
 @triton.jit
@@ -56,9 +54,8 @@ def shrink_kernel(
     while code != _NONE:
         rank = code & 0xFFFF
         if first < rank:
-            match, s_row = slot_use(token_codes, code, at, M, MP)
-            weight = tl.sum(tl.where(match, token_weights, 0.0), 1)
-            used = tl.max(match.to(tl.int32), 1) > 0
+            used, s_row = slot_use(token_codes, code, at, M)
+            weight = tl.sum(tl.where(token_codes == code, token_weights, 0.0), 1)
             x_rows = x + token[:, None] * x_stride
             a_rows = a + (((code >> 16).to(tl.int64) * parts + part) * max_rank + r)[:, None] * in_features
             product = tl.zeros([TILE, RANKS], tl.float32)
