@@ -19,8 +19,9 @@ class TransformersEngine:
         if setup.mode.speculates:
             raise SystemExit("generate drafts for single sequences only; measure it with spec0.")
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            setup.pair / "target", dtype=setup.dtype, device_map=setup.device, attn_implementation="sdpa"
-        ).eval()
+            setup.pair / "target", dtype=setup.dtype, attn_implementation="sdpa"
+        )
+        self.model = self.model.to(setup.device).eval()
         self.with_loras = bool(setup.mode.loras)
         for name, path in setup.loras.items():
             if isinstance(self.model, PeftModel):
