@@ -11,6 +11,7 @@ lie on the device: batches are then made there, from the slots that the rows hav
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from specserve_adapters.spec import LinearSpec
 from specserve_kernels.dispatch import backend
 from specserve_kernels.lora import Factors, LoraBatch
 from specserve_kernels.lora_grouped import GroupedLora, SlotFactors, grouped_lora
+from specserve_kernels.lora_load import load_slot
 
 RowAdapters = Sequence[tuple[tuple[int, float], ...]]
 _MAX_BATCHES = 8  # a step of speculation repeats a few shapes: the target's, the first draft pass's, the others'
@@ -45,16 +47,20 @@ class AdapterPool:
         self.max_rank = max_rank
         self.slot_ranks = torch.zeros(num_slots, dtype=torch.int64, device=device)  # 0: empty
         self.grouped = backend(torch.empty(0, dtype=dtype, device=device), ("torch", "triton")) == "triton"
-        self.linears: list[tuple[Tensor, Tensor]] = []
-        for spec in self.specs:
-            rows = num_slots * len(spec.parts) * max_rank
-            b_shape = (num_slots, max_rank * spec.out_features) if self.grouped else (rows, spec.out_features)
-            self.linears.append(
-                (
-                    torch.zeros(rows, spec.in_features, dtype=dtype, device=device),
-                    torch.zeros(b_shape, dtype=dtype, device=device),
-                )
-            )
+        rows = [num_slots * len(spec.parts) * max_rank for spec in self.specs]
+        a_shapes = [(n, spec.in_features) for n, spec in zip(rows, self.specs, strict=True)]
+        b_shapes = [
+            (num_slots, max_rank * spec.out_features) if self.grouped else (n, spec.out_features)
+            for n, spec in zip(rows, self.specs, strict=True)
+        ]
+        sizes = [math.prod(shape) for pair in zip(a_shapes, b_shapes, strict=True) for shape in pair]
+        # One allocation, so that a slot is loaded by one kernel that knows places by their offsets.
+        self._store = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        flat = torch.split_with_sizes(self._store, sizes)
+        self.linears: list[tuple[Tensor, Tensor]] = [
+            (a.view(a_shape), b.view(b_shape))
+            for a, b, a_shape, b_shape in zip(flat[::2], flat[1::2], a_shapes, b_shapes, strict=True)
+        ]
         self._slot_factors = [
             SlotFactors(a, b, tuple(width for _, width in spec.parts))
             for spec, (a, b) in zip(self.specs, self.linears, strict=True)
@@ -77,9 +83,8 @@ class AdapterPool:
         self._ranks[slot] = adapter.rank if adapter is not None else 0
         self.slot_ranks[slot : slot + 1].fill_(self._ranks[slot])
         if self.grouped:
-            for factors, spec in zip(self._slot_factors, self.specs, strict=True):
-                if adapter is not None:
-                    self._load_factors(spec, factors, slot, adapter)
+            if adapter is not None:
+                self._load_grouped(slot, adapter)
             return
         for spec, (a, b) in zip(self.specs, self.linears, strict=True):
             first = slot * len(spec.parts) * self.max_rank
@@ -104,22 +109,29 @@ class AdapterPool:
             row += self.max_rank
             column += width
 
-    def _load_factors(self, spec: LinearSpec, factors: SlotFactors, slot: int, adapter: HostAdapter) -> None:
-        """Where A is zero beyond a module's rank, and for a missing module, the B that lay there does not matter."""
-        first, column = slot * len(spec.parts) * self.max_rank, 0
-        for key, width in zip(spec.keys, factors.widths, strict=True):
-            rank = 0
-            if key in adapter.factors:
-                a_part, b_part = adapter.factors[key]
-                rank = a_part.shape[0]
-                factors.a[first : first + rank].copy_(a_part, non_blocking=True)
-                b_columns = factors.b[slot, column * self.max_rank :][: rank * width].view(rank, width)
-                # B travels as it lies in the blob and is transposed on the device.
-                b_columns.copy_(b_part.to(b_columns.device, non_blocking=True).t())
-            if rank < adapter.rank:
-                factors.a[first + rank : first + adapter.rank].zero_()
-            first += self.max_rank
-            column += width
+    def _load_grouped(self, slot: int, adapter: HostAdapter) -> None:
+        """The blob travels as it lies and is taken apart on the device: three operators, however many modules."""
+        table = torch.tensor(self._load_table(slot, adapter), dtype=torch.int64)
+        if self._device.type == "cuda":
+            table = table.pin_memory()
+        blob = adapter.blob.to(self._device, non_blocking=True)
+        load_slot(self._store, blob, table.to(self._device, non_blocking=True))
+
+    def _load_table(self, slot: int, adapter: HostAdapter) -> list[tuple[int, ...]]:
+        table: list[tuple[int, ...]] = []
+        for spec, (a, b) in zip(self.specs, self.linears, strict=True):
+            to_a = int(a.storage_offset()) + slot * len(spec.parts) * self.max_rank * spec.in_features
+            to_b = int(b.storage_offset()) + slot * self.max_rank * spec.out_features
+            for key, (_, width) in zip(spec.keys, spec.parts, strict=True):
+                from_a = from_b = rank = 0
+                if key in adapter.factors:
+                    a_part, b_part = adapter.factors[key]
+                    rank, start = a_part.shape[0], int(adapter.blob.storage_offset())
+                    from_a, from_b = int(a_part.storage_offset()) - start, int(b_part.storage_offset()) - start
+                table.append((from_a, from_b, to_a, to_b, spec.in_features, width, rank, adapter.rank))
+                to_a += self.max_rank * spec.in_features
+                to_b += self.max_rank * width
+        return table
 
     def device_batch(self, token_rows: Tensor, row_slots: Tensor, row_weights: Tensor) -> GroupedLora:
         """What the linears need to apply adapters to T = len(token_rows) tokens, all of it read on the device.

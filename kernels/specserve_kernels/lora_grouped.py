@@ -41,7 +41,7 @@ class SlotFactors(NamedTuple):
 
 
 class ShrinkShape(NamedTuple):
-    """How the first product is cut: `splits`, a power of 2, of `split` features, `depth` at a time; `ranks` at a time."""
+    """How the first product is cut: `splits` (a power of 2) of `split` features, `depth` at a time, and `ranks`."""
 
     ranks: int
     depth: int

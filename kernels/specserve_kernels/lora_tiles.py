@@ -52,7 +52,7 @@ def lora_tiles(token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, slot_
         token_rows, row_slots, row_weights, slot_ranks, tile_codes, tokens, codes, weights,
         num_tokens, num_tiles, row_slots.stride(0), row_weights.stride(0), num_slots=num_slots,
         M=per_row, TILE=tile, BLOCK=256 if num_tokens <= 256 else 1024, BINS=max(32, triton.next_power_of_2(num_slots)),
-        num_warps=4,
+        num_warps=4 if num_tokens <= 256 else 8,
     )  # fmt: skip
     return LoraTiles(tile, tile_codes, tokens, codes, weights)
 

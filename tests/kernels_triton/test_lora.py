@@ -12,8 +12,9 @@ from specserve_adapters import pool as pool_module
 from specserve_adapters.host_adapter import HostAdapter
 from specserve_adapters.pool import AdapterPool
 from specserve_adapters.spec import LinearSpec, ModuleKey
-from specserve_kernels import lora_grouped
+from specserve_kernels import lora_grouped, lora_load
 from specserve_kernels.lora_grouped import SlotFactors, grouped_lora, grouped_lora_ref
+from specserve_kernels.lora_load import load_slot_ref, load_slot_triton
 from specserve_kernels.lora_tiles import NONE, lora_tiles
 from specserve_kernels.tolerances import OP
 
@@ -151,14 +152,16 @@ SPECS = [LinearSpec(0, 12, (("q", 8), ("k", 4), ("v", 5))), LinearSpec(0, 8, (("
 
 
 def adapter(ranks: dict[str, int], dtype: torch.dtype, seed: int) -> HostAdapter:
-    made: dict[ModuleKey, tuple[Tensor, Tensor]] = {}
-    for spec in SPECS:
-        for key, (name, width) in zip(spec.keys, spec.parts, strict=True):
-            if name in ranks:
-                a = randn(ranks[name], spec.in_features, dtype=dtype, device=torch.device("cpu"), seed=seed)
-                b = randn(width, ranks[name], dtype=dtype, device=torch.device("cpu"), seed=seed + 1)
-                made[key] = (a * 0.3, b * 0.3)
-    return HostAdapter(torch.empty(0), made, max(ranks.values()))
+    modules = [(spec, *named) for spec in SPECS for named in zip(spec.keys, spec.parts, strict=True)]
+    sizes = [ranks.get(name, 0) * n for spec, _, (name, width) in modules for n in (spec.in_features, width)]
+    blob = randn(sum(sizes), dtype=dtype, device=torch.device("cpu"), seed=seed) * 0.3
+    flat = blob.split(sizes)
+    made: dict[ModuleKey, tuple[Tensor, Tensor]] = {
+        key: (a.view(ranks[name], spec.in_features), b.view(width, ranks[name]))
+        for a, b, (spec, key, (name, width)) in zip(flat[::2], flat[1::2], modules, strict=True)
+        if name in ranks
+    }
+    return HostAdapter(blob, made, max(ranks.values()))
 
 
 def by_hand(index: int, x: Tensor, y: Tensor, rows: list[list[tuple[HostAdapter, float]]]) -> Tensor:
@@ -177,6 +180,7 @@ def by_hand(index: int, x: Tensor, y: Tensor, rows: list[list[tuple[HostAdapter,
 def test_pool(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules without LoRA and of smaller rank, slots used before; a slot loaded anew is seen by the next forward."""
     monkeypatch.setattr(pool_module, "backend", lambda *_: "triton")
+    monkeypatch.setattr(pool_module, "load_slot", load_slot_triton)
     dtype = torch.float32
     pool = AdapterPool(SPECS, 3, 5, dtype, device)
     full = adapter({"q": 5, "k": 5, "v": 5, "o": 5}, dtype, 0)
@@ -194,6 +198,33 @@ def test_pool(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     check_pool(pool, (token_rows, row_slots, row_weights), [half, [], half, []])
     with pytest.raises(AssertionError, match="device_batch"):
         pool.make_batch([()], [1])
+
+
+def test_loading(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel and its reference over what lay there before: ranks from 0 to the slot's, several blocks a program."""
+    monkeypatch.setattr(lora_load, "_PROGRAMS", 2)
+    blob = randn(40_000, dtype=torch.float32, device=device)
+    table = [[0, 300, 7, 800, 100, 50, 3, 5], [9, 9, 1600, 2000, 64, 9, 0, 2], [500, 0, 3000, 5000, 300, 700, 4, 6]]
+    stores = [randn(10_000, dtype=torch.float32, device=device, seed=1) for _ in range(2)]
+    for store, load in zip(stores, (load_slot_triton, load_slot_ref), strict=True):
+        load(store, blob, torch.tensor(table, device=device))
+    assert torch.equal(*stores)
+
+
+def test_loading_does_not_wait(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    pool = AdapterPool(SPECS, 3, 5, torch.float32, device)
+    lora = adapter({"q": 5, "o": 2}, torch.float32, 0)
+    pinned = HostAdapter(lora.blob.pin_memory(), lora.factors, lora.rank)
+    pool.load_slot(1, pinned)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pool.load_slot(0, pinned)
+        pool.clear_slot(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert pool.slot_ranks.tolist() == [5, 0, 0]
 
 
 def check_pool(
