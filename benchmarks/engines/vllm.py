@@ -52,7 +52,7 @@ def _settings(setup: Setup) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "model": str(setup.pair / "target"), "skip_tokenizer_init": True, "dtype": setup.dtype,
         "max_model_len": setup.max_model_len, "max_num_seqs": setup.max_num_seqs, "gpu_memory_utilization": 0.85,
-        "enable_prefix_caching": False, "seed": 0, "async_scheduling": True,
+        "enable_prefix_caching": False, "seed": 0,  # asynchronous scheduling is on by itself where it can be
     }  # fmt: skip
     if setup.mode.loras:
         settings |= {
