@@ -16,7 +16,10 @@ from specserve_kernels.ordered import NO_WORD, best_word, word_token
 ENOUGH_PROGRAMS = 512  # a few for each of the GPU's multiprocessors
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_positions"],
+    do_not_specialize_on_alignment=["seed", "position", "stream", "temperature", "divisor"],
+)
 def _best_of_tile(
     words, logits, seed, position, stream, temperature, divisor,
     vocab, num_positions, stride_row, stride_position,
@@ -37,7 +40,7 @@ def _best_of_tile(
     tl.store(words + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), best_word(x, token))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _best_of_row(tokens, words, num_tiles, vocab, TILES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
@@ -46,13 +49,12 @@ def _best_of_row(tokens, words, num_tiles, vocab, TILES: tl.constexpr):
 
 
 def tile_size(num_rows: int, vocab_size: int) -> int:
-    """Tokens a program: large where the rows alone keep the GPU busy."""
-    sizes = (8192, 4096, 2048, 1024)
-    return next((size for size in sizes if num_rows * triton.cdiv(vocab_size, size) >= ENOUGH_PROGRAMS), sizes[-1])
+    """Tokens a program: large where the rows alone keep the GPU busy. Two sizes only: each is compiled anew."""
+    return 4096 if num_rows * triton.cdiv(vocab_size, 4096) >= ENOUGH_PROGRAMS else 1024
 
 
 def warps_of(tile: int) -> int:
-    """8 elements a thread, or 32 in the largest tiles: enough loads under way without spilling the noise's words."""
+    """8 or 16 elements a thread: enough loads under way without spilling the noise's words."""
     return min(max(tile // 256, 4), 8)
 
 

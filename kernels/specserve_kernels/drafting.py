@@ -16,7 +16,7 @@ from specserve_kernels.ordered import NO_WORD, best_word, word_token
 from specserve_kernels.softmax_parts import STATISTICS_TILE, probability, row_statistics, tile_statistics
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seed", "position", "stream", "temperature"])
 def _survey_tile(
     words, maxima, sums, logits, seed, position, stream, temperature, vocab, stride_row, TILE: tl.constexpr
 ):
@@ -33,7 +33,7 @@ def _survey_tile(
     tl.store(words + place, best_word(x, token))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _softmax_tile(
     tokens, probs, words, maxima, sums, logits, vocab, num_tiles, stride_row, TILE: tl.constexpr, TILES: tl.constexpr
 ):
@@ -58,7 +58,8 @@ def draw_with_softmax(
     """processed [B, vocab] float, dense in its last dimension; the rest [B]. Returns tokens [B] int64, q [B, vocab]."""
     num_rows, vocab_size = processed.shape
     num_tiles = triton.cdiv(vocab_size, STATISTICS_TILE)
-    parts = processed.new_empty((2, num_rows, num_tiles), dtype=torch.float32)
+    maxima = processed.new_empty((num_rows, num_tiles), dtype=torch.float32)
+    sums = torch.empty_like(maxima)
     words = processed.new_empty((num_rows, num_tiles), dtype=torch.int64)
     tokens = processed.new_empty((num_rows,), dtype=torch.int64)
     probs = processed.new_empty((num_rows, vocab_size), dtype=torch.float32)
@@ -66,11 +67,11 @@ def draw_with_softmax(
         return tokens, probs
     grid = (num_rows, num_tiles)
     _survey_tile[grid](
-        words, parts[0], parts[1], processed, seed.contiguous(), position.contiguous(), stream.contiguous(),
+        words, maxima, sums, processed, seed.contiguous(), position.contiguous(), stream.contiguous(),
         temperature.contiguous(), vocab_size, processed.stride(0), TILE=STATISTICS_TILE, num_warps=4,
     )  # fmt: skip
     _softmax_tile[grid](
-        tokens, probs, words, parts[0], parts[1], processed, vocab_size, num_tiles, processed.stride(0),
+        tokens, probs, words, maxima, sums, processed, vocab_size, num_tiles, processed.stride(0),
         TILE=STATISTICS_TILE, TILES=triton.next_power_of_2(num_tiles), num_warps=4,
     )  # fmt: skip
     return tokens, probs

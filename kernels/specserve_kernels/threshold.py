@@ -31,6 +31,7 @@ GROUP = 64
 CAPACITY = 4096  # candidates a row
 ROUNDS = 2
 MAX_VOCAB = 2**19  # 19 bits count tokens, 44 hold their mass
+_SETTINGS = ["top_k", "top_p"]
 _NUM_PIVOTS = tl.constexpr(NUM_PIVOTS)
 _ONE = tl.constexpr(float(ONE))
 _DEPTH = tl.constexpr(40.0)  # below the maximum: e^−40 · 2^42 is no mass
@@ -42,7 +43,7 @@ def _load_row(logits, row, token, vocab, stride_row, stride_step, num_steps):
     return tl.load(logits + at, mask=token < vocab, other=float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps", "num_groups"])
 def _survey(
     maxima, sums, group_maxima, logits, vocab, stride_row, stride_step, num_steps, num_groups,
     GROUPED: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
@@ -58,7 +59,9 @@ def _survey(
         tl.store(group_maxima + row * num_groups + group, groups, mask=group < num_groups)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_steps", "num_rows", "num_tiles", "num_groups"], do_not_specialize_on_alignment=_SETTINGS
+)
 def _plan(
     bounds, counts, pivot_sums, maxima, sums, group_maxima, top_k, top_p, vocab, num_steps, num_rows, num_tiles,
     num_groups, GROUPED: tl.constexpr, ROUNDS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
@@ -91,7 +94,7 @@ def _plan(
         tl.store(pivot_sums + (i * num_rows + row) * _NUM_PIVOTS + index, tl.zeros_like(index).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps", "num_rows"], do_not_specialize_on_alignment=_SETTINGS)
 def _narrow(
     pivot_sums, bounds, maxima, logits, top_k, top_p, vocab, stride_row, stride_step, num_steps, num_rows,
     ROUND: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -114,7 +117,7 @@ def _narrow(
     tl.atomic_add(pivot_sums + (ROUND * num_rows + row) * _NUM_PIVOTS + index, tl.sum(totals, axis=1), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps", "num_rows"], do_not_specialize_on_alignment=_SETTINGS)
 def _collect(
     values, ids, counts, pivot_sums, bounds, maxima, logits, top_k, top_p,
     vocab, stride_row, stride_step, num_steps, num_rows,
@@ -139,7 +142,7 @@ def _collect(
     tl.store(ids + row * CAPACITY + place, token, mask=take & (place < CAPACITY))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps"])
 def _mask(masked, thresholds, last_ids, maxima, logits, vocab, stride_row, stride_step, num_steps, TILE: tl.constexpr):
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
@@ -163,13 +166,9 @@ def top_k_top_p_triton(
         return masked
     grouped, rounds = max_top_k > 0, ROUNDS if any_top_p_alone else 0
     top_k, top_p = top_k.contiguous(), top_p.contiguous()
-    floats = logits.new_empty(num_rows, 2 * num_tiles + num_groups + CAPACITY + 5)
-    sizes = [num_tiles, num_tiles, num_groups, CAPACITY, 4, 1]
-    maxima, sums, groups, values, bounds, thresholds = (
-        part.view(num_rows, -1) for part in floats.view(-1).split([num_rows * size for size in sizes])
-    )
-    ids = logits.new_empty((num_rows, CAPACITY + 2), dtype=torch.int32).view(-1)
-    ids, counts, last_ids = ids.split([num_rows * CAPACITY, num_rows, num_rows])
+    sizes = (num_tiles, num_tiles, num_groups, CAPACITY, 4, 1)
+    maxima, sums, groups, values, bounds, thresholds = (logits.new_empty(num_rows, size) for size in sizes)
+    ids, counts, last_ids = (logits.new_empty((num_rows, n), dtype=torch.int32) for n in (CAPACITY, 1, 1))
     pivot_sums = logits.new_empty((max(rounds, 1), num_rows, NUM_PIVOTS), dtype=torch.int64)
     tiles, row = (num_rows, num_tiles), (vocab, logits.stride(0), logits.stride(1), num_steps)
     part_sizes = {"TILES": triton.next_power_of_2(num_tiles), "GROUPS": triton.next_power_of_2(num_groups)}

@@ -91,7 +91,7 @@ def _last_id(room, value, source, ids, size, is_row, vocab, BLOCK: tl.constexpr)
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_steps", "num_rows"], do_not_specialize_on_alignment=["top_k", "top_p"])
 def search(
     thresholds, last_ids, logits, values, ids, counts, bounds, pivot_sums, top_k, top_p,
     vocab, stride_row, stride_step, num_steps, num_rows,

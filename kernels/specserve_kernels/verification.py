@@ -23,6 +23,8 @@ from specserve_kernels.softmax_parts import STATISTICS_TILE, probability, row_st
 _ACCEPT = tl.constexpr(int(Stream.ACCEPT))
 _RESIDUAL = tl.constexpr(int(Stream.RESIDUAL))
 _SAMPLE = tl.constexpr(int(Stream.SAMPLE))
+_FLAGS = ["temperature", "is_coupled"]
+_ROWS = ["seed", "first_position", *_FLAGS, "divisor"]  # one number a row: its alignment is nothing to compile for
 _TINY = tl.constexpr(float(torch.finfo(torch.float32).tiny))
 
 
@@ -39,7 +41,7 @@ def _load_logits(logits, at, keep, divisor, row, DIVIDED: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions"], do_not_specialize_on_alignment=_ROWS)
 def _survey(
     words, maxima, sums, logits, seed, first_position, temperature, is_coupled, divisor,
     vocab, num_positions, stride_row, stride_position,
@@ -61,7 +63,10 @@ def _survey(
     tl.store(words + place, best_word(x, token))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_drafts", "num_tiles"],
+    do_not_specialize_on_alignment=[*_ROWS, "logits", "drafts", "draft_counts", "draft_probs"],
+)
 def _settle(
     tokens, num_tokens, num_accepted, statistics,
     words, maxima, sums, logits, drafts, draft_counts, draft_probs,
@@ -105,7 +110,7 @@ def _settle(
     tl.store(num_tokens + row, (accepted + 1).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_drafts"], do_not_specialize_on_alignment=[*_ROWS, "drafts", "draft_counts"])
 def _redraw(
     words, spare_words, num_accepted, statistics, logits, draft_counts, drafts, draft_probs,
     seed, first_position, temperature, is_coupled, divisor,
@@ -148,7 +153,7 @@ def _redraw(
         tl.store(spare_words + place, NO_WORD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_drafts", "num_tiles"], do_not_specialize_on_alignment=_FLAGS)
 def _finish(
     tokens, words, spare_words, num_accepted, temperature, is_coupled, vocab, num_drafts, num_tiles, TILES: tl.constexpr
 ):
@@ -187,23 +192,24 @@ def verify_triton(
     if num_rows == 0:
         return tokens, num_tokens, num_accepted
     words = drafts.new_empty((num_rows * num_positions, num_tiles))
-    parts = processed.new_empty((2, num_rows * num_positions, num_tiles) if rejection else (2, 1), dtype=torch.float32)
+    maxima = processed.new_empty((num_rows * num_positions, num_tiles) if rejection else 1, dtype=torch.float32)
+    sums = torch.empty_like(maxima)
     statistics = processed.new_empty((num_rows, 2), dtype=torch.float32)
     strides = (processed.stride(0), processed.stride(1))
     rows = (seed, first_position, temperature, is_coupled, divisor)
     divided, one_hot = divisor is not None, draft_probs is None
     _survey[(num_rows * num_positions, num_tiles)](
-        words, parts[0], parts[1], processed, *rows, vocab_size, num_positions, *strides,
+        words, maxima, sums, processed, *rows, vocab_size, num_positions, *strides,
         SAMPLED=sampled, REJECTION=rejection, DIVIDED=divided, TILE=tile, num_warps=warps_of(tile),
     )  # fmt: skip
     _settle[(num_rows,)](
-        tokens, num_tokens, num_accepted, statistics, words, parts[0], parts[1], processed, drafts, draft_counts,
+        tokens, num_tokens, num_accepted, statistics, words, maxima, sums, processed, drafts, draft_counts,
         draft_probs, *rows, vocab_size, num_drafts, num_tiles, *strides,
         REJECTION=rejection, ONE_HOT=one_hot, DIVIDED=divided, STEPS=triton.next_power_of_2(max(num_positions, 2)),
         TILES=triton.next_power_of_2(num_tiles), num_warps=4,
     )  # fmt: skip
     if rejection:
-        spare_words = words[num_rows:]  # the survey's words, two positions a row or more, are done with
+        spare_words = torch.empty_like(words)
         _redraw[(num_rows, num_tiles)](
             words, spare_words, num_accepted, statistics, processed, draft_counts, drafts, draft_probs,
             *rows, vocab_size, num_drafts, *strides,

@@ -113,10 +113,11 @@ class SamplingRows:
     def _build(self, rows: tuple[int, ...]) -> SamplingBatch:
         hosts = [host for row in rows if (host := self._host[row]) is not None]
         assert len(hosts) == len(rows), "set_row comes before gather"
-        packed = self._to_device(torch.from_numpy(self._packed[list(rows)]))
-        floats = packed[:, :NUM_FLOATS].to(self._dtype)
-        temperature, divisor, top_p, log_min_p, repetition, presence, frequency = floats.unbind(1)
-        device_rows, seed, top_k, prompt_len, min_tokens, coupled = packed.view(torch.int64)[:, NUM_FLOATS:].unbind(1)
+        columns = np.ascontiguousarray(self._packed[list(rows)].T)  # kernels want each parameter dense
+        packed = self._to_device(torch.from_numpy(columns))
+        floats = packed[:NUM_FLOATS].to(self._dtype)
+        temperature, divisor, top_p, log_min_p, repetition, presence, frequency = floats.unbind(0)
+        device_rows, seed, top_k, prompt_len, min_tokens, coupled = packed.view(torch.int64)[NUM_FLOATS:].unbind(0)
         return SamplingBatch(
             vocab_size=self._vocab_size,
             device_rows=device_rows,
