@@ -93,7 +93,8 @@ def expand_shape(num_tokens: int) -> tuple[int, int]:
 class GroupedLora:
     """The adapters of one forward's tokens, used by every linear of the model. `tiles` is as old as this object.
 
-    `shrink` needs only x: it may run beside the base's product, on another stream. Both halves use `workspace` [n]
+    `shrink` needs only x: it may run beside the base's product, on another stream. `expand` reads the tiles before the
+    kernel in front of it has ended, which must be that `shrink` or come after it. Both halves use `workspace` [n]
     float32, so one linear's `expand` must precede the next one's `shrink`.
     """
 
