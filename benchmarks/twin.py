@@ -10,7 +10,7 @@ same numbers teacher-forced on the engine's tokens. A row of the batch is right 
 
 with (rtol, atol) = specserve_kernels.tolerances.MODEL of the engine's dtype; the comparison passes when every row is
 right. The mean is what tells errors apart: in bf16 one large logit's rounding moves all of a position's numbers by up
-to 0.03, but a row's mean stays near 0.01, where a wrong page of the cache makes it 0.05 and more. With a draft model,
+to 0.03, but a row's mean stays near 0.01, where a wrong page of the cache makes it 0.1 and more. With a draft model,
 the probabilities that it gave its drafts are compared in the same way, for sampled requests (greedy ones report none).
 
 The same comparison must fail when
