@@ -20,6 +20,7 @@ from specserve_kernels.ordered import NO_WORD, best_word, word_token
 from specserve_kernels.random import Stream
 from specserve_kernels.softmax_parts import STATISTICS_TILE, probability, row_statistics, tile_statistics
 
+MIN_STEPS = 16  # positions in one register tile: up to 15 drafts compile once
 _ACCEPT = tl.constexpr(int(Stream.ACCEPT))
 _RESIDUAL = tl.constexpr(int(Stream.RESIDUAL))
 _SAMPLE = tl.constexpr(int(Stream.SAMPLE))
@@ -205,7 +206,7 @@ def verify_triton(
     _settle[(num_rows,)](
         tokens, num_tokens, num_accepted, statistics, words, maxima, sums, processed, drafts, draft_counts,
         draft_probs, *rows, vocab_size, num_drafts, num_tiles, *strides,
-        REJECTION=rejection, ONE_HOT=one_hot, DIVIDED=divided, STEPS=triton.next_power_of_2(max(num_positions, 2)),
+        REJECTION=rejection, ONE_HOT=one_hot, DIVIDED=divided, STEPS=max(triton.next_power_of_2(num_positions), MIN_STEPS),
         TILES=triton.next_power_of_2(num_tiles), num_warps=4,
     )  # fmt: skip
     if rejection:
