@@ -206,8 +206,8 @@ def verify_triton(
     _settle[(num_rows,)](
         tokens, num_tokens, num_accepted, statistics, words, maxima, sums, processed, drafts, draft_counts,
         draft_probs, *rows, vocab_size, num_drafts, num_tiles, *strides,
-        REJECTION=rejection, ONE_HOT=one_hot, DIVIDED=divided, STEPS=max(triton.next_power_of_2(num_positions), MIN_STEPS),
-        TILES=triton.next_power_of_2(num_tiles), num_warps=4,
+        REJECTION=rejection, ONE_HOT=one_hot, DIVIDED=divided, TILES=triton.next_power_of_2(num_tiles),
+        STEPS=max(triton.next_power_of_2(num_positions), MIN_STEPS), num_warps=4,
     )  # fmt: skip
     if rejection:
         spare_words = torch.empty_like(words)
