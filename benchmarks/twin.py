@@ -6,7 +6,7 @@ The engine runs the same mode and batch sizes as in the measurement, at pipeline
 lengths, and reports log-probabilities: of each of its tokens and of the most likely others. The reference computes the
 same numbers teacher-forced on the engine's tokens. A row of the batch is right when
 
-    |engine - reference| ≤ atol + rtol · |reference|   for each number,   and   mean |engine - reference| ≤ rtol / 2,
+    |engine - reference| ≤ atol + rtol · |reference|   for each number,   and   mean |engine - reference| ≤ 0.7 rtol,
 
 with (rtol, atol) = specserve_kernels.tolerances.MODEL of the engine's dtype; the comparison passes when every row is
 right. The mean is what tells errors apart: in bf16 one large logit's rounding moves all of a position's numbers by up
@@ -40,6 +40,8 @@ from benchmarks.shapes import load_settings
 from specserve.core.sampling_params import MAX_LOGPROBS, SamplingParams, SpeculationParams
 from specserve_kernels.tolerances import MODEL
 
+# Between what rounding gives (a quarter of rtol, half at tiny widths) and what a wrong page gives (twice and more).
+MEAN_SHARE = 0.7
 SHORTEST, SPREAD, STRIDE = 40, 73, 11  # prompt lengths: 40 … 112 tokens
 NEW_TOKENS = 24
 REPLACED_PAGE = 1  # of request 0, whose prompt is the shortest
@@ -67,7 +69,7 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dt
         error = (ours - theirs).abs().nan_to_num(nan=float("inf"))
         means.append(error.mean().item())
         largest.append(error.max().item())
-        failed += bool((error > atol + rtol * theirs.abs()).any()) or means[-1] > rtol / 2
+        failed += bool((error > atol + rtol * theirs.abs()).any()) or means[-1] > MEAN_SHARE * rtol
     return {
         "mean_err": round(max(means), 6), "max_err": round(max(largest), 6), "rows": len(means),
         "rows_failed": failed, "passed": failed == 0,
