@@ -43,6 +43,12 @@ def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def reserved_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process holds for tensors, in use or not; graphs' own memory is among them."""
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_reserved(device)
+
+
 def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     """The array on `device`. On a GPU it travels through page-locked memory and the caller does not wait: torch's
     allocator of such memory keeps each piece until the copy out of it is done."""

@@ -1,14 +1,17 @@
 """What a forward's tokens are and where their keys and values go, looked up in the device rows.
 
+    p = positions[t], or num_tokens[row] - 1 where no positions are given: the row's last token
     input_ids[t] = history[row, p],   slots[t] = block_tables[row, p // block_size] * block_size + p % block_size
 
-row = token_rows[t] and p = positions[t], both [T] int64; history [R, width] and block_tables [R, max_blocks] int64.
-A position that was never given a block is in block 0.
+row = token_rows[t]; token_rows, positions [T], num_tokens [R], history [R, width] and block_tables [R, max_blocks] are
+int64. A position that was never given a block is in block 0. The positions that come back are at most `last_position`:
+rows that overran their end compute something, but nothing out of bounds.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
@@ -17,47 +20,70 @@ from specserve_kernels.language import tl, triton
 BLOCK = 128
 
 
+class TokenInputs(NamedTuple):
+    """Each [T] int64."""
+
+    input_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+
+
+class RowTables(NamedTuple):
+    """The device rows that tokens are looked up in."""
+
+    num_tokens: Tensor
+    history: Tensor
+    block_tables: Tensor
+
+
 def gather_inputs_ref(
-    token_rows: Tensor, positions: Tensor, history: Tensor, block_tables: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
-    blocks = block_tables[token_rows, positions // block_size]
-    return history[token_rows, positions], blocks * block_size + positions % block_size
+    token_rows: Tensor, positions: Tensor | None, tables: RowTables, block_size: int, last_position: int
+) -> TokenInputs:
+    if positions is None:
+        positions = tables.num_tokens[token_rows] - 1
+    blocks = tables.block_tables[token_rows, positions // block_size]
+    slots = blocks * block_size + positions % block_size
+    return TokenInputs(tables.history[token_rows, positions], positions.clamp(max=last_position), slots)
 
 
 @triton.jit
 def _gather_inputs_kernel(
-    token_rows, positions, history, block_tables, input_ids, slots,
-    num_tokens, width, max_blocks, block_size, BLOCK: tl.constexpr,
+    token_rows, positions, num_tokens, history, block_tables, input_ids, places, slots,
+    count, width, max_blocks, block_size, last_position, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = token < num_tokens
+    inside = token < count
     row = tl.load(token_rows + token, mask=inside, other=0)
-    position = tl.load(positions + token, mask=inside, other=0)
+    if HAS_POSITIONS:
+        position = tl.load(positions + token, mask=inside, other=0)
+    else:
+        position = tl.load(num_tokens + row, mask=inside, other=1) - 1
     tl.store(input_ids + token, tl.load(history + row * width + position, mask=inside), mask=inside)
     block = tl.load(block_tables + row * max_blocks + position // block_size, mask=inside)
     tl.store(slots + token, block * block_size + position % block_size, mask=inside)
+    tl.store(places + token, tl.minimum(position, last_position), mask=inside)
 
 
 def gather_inputs_triton(
-    token_rows: Tensor, positions: Tensor, history: Tensor, block_tables: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
-    tokens = positions.shape[0]
-    input_ids, slots = torch.empty_like(positions), torch.empty_like(positions)
-    _gather_inputs_kernel[(triton.cdiv(tokens, BLOCK),)](
-        token_rows, positions, history, block_tables, input_ids, slots,
-        tokens, history.shape[1], block_tables.shape[1], block_size, BLOCK=BLOCK,
+    token_rows: Tensor, positions: Tensor | None, tables: RowTables, block_size: int, last_position: int
+) -> TokenInputs:
+    count = token_rows.shape[0]
+    found = TokenInputs(*token_rows.new_empty(3, count).unbind(0))
+    _gather_inputs_kernel[(triton.cdiv(count, BLOCK),)](
+        token_rows, positions, *tables, *found, count, tables.history.shape[1], tables.block_tables.shape[1],
+        block_size, last_position, HAS_POSITIONS=positions is not None, BLOCK=BLOCK,
     )  # fmt: skip
-    return input_ids, slots
+    return found
 
 
 _IMPLEMENTATIONS = {"torch": gather_inputs_ref, "triton": gather_inputs_triton}
 
 
 def gather_inputs(
-    token_rows: Tensor, positions: Tensor, history: Tensor, block_tables: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """(input_ids [T], slots [T]) of tokens at `positions` of device rows `token_rows`."""
-    assert token_rows.shape == positions.shape, (token_rows.shape, positions.shape)
-    assert history.is_contiguous() and block_tables.is_contiguous()
-    implementation = _IMPLEMENTATIONS[backend(positions, _IMPLEMENTATIONS)]
-    return implementation(token_rows, positions, history, block_tables, block_size)
+    token_rows: Tensor, positions: Tensor | None, tables: RowTables, block_size: int, last_position: int
+) -> TokenInputs:
+    """Ids, positions and slots of T tokens of the device rows `token_rows`."""
+    assert positions is None or token_rows.shape == positions.shape, (token_rows.shape, positions)
+    assert tables.history.is_contiguous() and tables.block_tables.is_contiguous()
+    implementation = _IMPLEMENTATIONS[backend(token_rows, _IMPLEMENTATIONS)]
+    return implementation(token_rows, positions, tables, block_size, last_position)

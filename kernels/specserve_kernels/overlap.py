@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specserve_kernels.language import tl, triton
 
-ENABLED = False
+ENABLED = True
 """Whether kernels that can overlap their predecessor do."""
 
 

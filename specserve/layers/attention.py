@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specserve.layers.context import ForwardContext
 from specserve.layers.linear import Linear
-from specserve.layers.norm import HeadNorm
+from specserve.layers.norm import HeadNorm, RMSNorm
 from specserve_kernels.attention import PreparedAttention, paged_attention
 from specserve_kernels.qkv import rotate_and_cache
 
@@ -23,7 +23,7 @@ class Step:
 
 
 class Attention:
-    """Grouped-query attention. `qkv` gives [T, (heads + 2 kv_heads) * head_dim]; `norm` norms query and key heads.
+    """Grouped-query attention. `qkv` gives [T, (heads + 2 kv_heads) * head_dim]; `head_norm` norms query and key heads.
 
     `window`: a token at position p sees keys at p - window < j <= p alone; None: at all j <= p. The cache keeps the
     whole context all the same: blocks behind every layer's window are neither freed nor counted less.
@@ -34,7 +34,7 @@ class Attention:
         layer: int,
         qkv: Linear,
         out: Linear,
-        norm: HeadNorm | None,
+        head_norm: HeadNorm | None,
         *,
         heads: int,
         kv_heads: int,
@@ -44,19 +44,19 @@ class Attention:
         self._layer = layer
         self._qkv = qkv
         self._out = out
-        self._norm = norm
+        self._head_norm = head_norm
         self._heads = heads
         self._scale = head_dim**-0.5
         self._window = window
 
-    def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext, step: Step) -> None:
-        """residual [T, hidden] += attention(x [T, hidden]), in place."""
-        qkv = self._qkv.forward(x, ctx)
+    def add_to(self, residual: Tensor, norm: RMSNorm, ctx: ForwardContext, step: Step) -> None:
+        """residual [T, hidden] += attention(norm(residual)), in place."""
+        qkv = self._qkv.forward(residual, norm, ctx)
         k_cache, v_cache = ctx.kv_caches[self._layer]
         q = rotate_and_cache(
             qkv, step.cos, step.sin, k_cache, v_cache, step.attention.slot_mapping,
-            heads=self._heads, norm=self._norm.weight_and_eps if self._norm is not None else None,
+            heads=self._heads, norm=self._head_norm.weight_and_eps if self._head_norm is not None else None,
             finite=ctx.lora is not None,  # an adapter may overflow; the cache must not keep what is not finite
         )  # fmt: skip
         attended = paged_attention(q, k_cache, v_cache, step.attention, self._scale, self._window)
-        self._out.add_to(residual, attended.view(x.shape[0], -1), ctx)
+        self._out.add_to(residual, attended.view(residual.shape[0], -1), ctx)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specserve.layers.storage import Parameter, whole
+from specserve_kernels.gather import gather_rows
+from specserve_kernels.skinny import is_skinny, skinny_linear
 
 
 class VocabMatrix:
@@ -21,8 +22,10 @@ class VocabMatrix:
 
     def embed(self, ids: Tensor) -> Tensor:
         """[T] int64 → [T, hidden]."""
-        return F.embedding(ids, self._weight)
+        return gather_rows(self._weight, ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, vocab], in the model's dtype."""
+        if is_skinny(hidden):
+            return skinny_linear(hidden, self._weight)
         return torch.mm(hidden, self._transposed)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from specserve.layers.context import ForwardContext
+from specserve.layers.norm import RMSNorm
 from specserve.layers.storage import Parameter, Storage
 from specserve_adapters.spec import LinearSpec
+from specserve_kernels.activation import silu_mul
 
 
 class Linear:
@@ -25,19 +28,32 @@ class Linear:
             for suffix, parameter in part.items()
         }
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """x [T, in] → [T, out]."""
+    def forward(self, hidden: Tensor, norm: RMSNorm, ctx: ForwardContext) -> Tensor:
+        """linear(norm(hidden [T, in])) → [T, out]. Without adapters the storage may do both at once."""
+        if ctx.lora is None:
+            return self.storage.matmul(hidden, norm.weight_and_eps)
+        x = norm.forward(hidden)
         y = self.storage.matmul(x)
-        if ctx.lora is not None:
-            ctx.lora.apply(self.lora_index, x, y)
+        ctx.lora.apply(self.lora_index, x, y)
         return y
+
+    def gated(self, hidden: Tensor, norm: RMSNorm, ctx: ForwardContext) -> Tensor:
+        """silu(first) * second of the halves of linear(norm(hidden [T, in])) → [T, out / 2]."""
+        if ctx.lora is None:
+            return self.storage.matmul(hidden, norm.weight_and_eps, gated=True)
+        return silu_mul(self.forward(hidden, norm, ctx))
 
     def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext) -> None:
         """residual [T, out] += linear(x [T, in]), in place: the end of a block's branch, where the ranks' shares are
         summed."""
-        if ctx.communicator.size > 1:
-            residual += ctx.communicator.all_reduce(self.forward(x, ctx))
+        if ctx.communicator.size == 1:
+            self._add_to(residual, x, ctx)
             return
-        self.storage.add_matmul(residual, x)  # the product adds itself: an operator less
+        share = torch.zeros_like(residual)
+        self._add_to(share, x, ctx)
+        residual += ctx.communicator.all_reduce(share)
+
+    def _add_to(self, y: Tensor, x: Tensor, ctx: ForwardContext) -> None:
+        self.storage.add_matmul(y, x)  # the product adds itself: an operator less
         if ctx.lora is not None:
-            ctx.lora.apply(self.lora_index, x, residual)
+            ctx.lora.apply(self.lora_index, x, y)

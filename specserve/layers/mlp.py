@@ -6,7 +6,7 @@ from torch import Tensor
 
 from specserve.layers.context import ForwardContext
 from specserve.layers.linear import Linear
-from specserve_kernels.activation import silu_mul
+from specserve.layers.norm import RMSNorm
 
 
 class GatedMLP:
@@ -16,6 +16,6 @@ class GatedMLP:
         self._gate_up = gate_up
         self._down = down
 
-    def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext) -> None:
-        """residual [T, hidden] += mlp(x [T, hidden]), in place."""
-        self._down.add_to(residual, silu_mul(self._gate_up.forward(x, ctx)), ctx)
+    def add_to(self, residual: Tensor, norm: RMSNorm, ctx: ForwardContext) -> None:
+        """residual [T, hidden] += mlp(norm(residual)), in place."""
+        self._down.add_to(residual, self._gate_up.gated(residual, norm, ctx), ctx)

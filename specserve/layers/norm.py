@@ -19,6 +19,11 @@ class RMSNorm:
     def parameters(self) -> dict[str, Parameter]:
         return {"weight": whole(self._weight)}
 
+    @property
+    def weight_and_eps(self) -> tuple[Tensor, Tensor]:
+        """(weight [size], eps []), as the kernels take them."""
+        return self._weight, self._eps
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self._weight, self._eps)
 

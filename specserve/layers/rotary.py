@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specserve.core.errors import ModelLoadError
+from specserve_kernels.gather import gather_rows
 
 Frequencies = tuple[Tensor, float]
 """(inverse frequencies [head_dim / 2] fp32, factor on cos and sin)."""
@@ -52,7 +53,7 @@ class Rotary:
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cos and signed sin of positions [T] int64, all below max_positions."""
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        return gather_rows(self._cos, positions), gather_rows(self._sin, positions)
 
 
 def frequencies(parameters: Mapping[str, Any], head_dim: int) -> Frequencies:

@@ -12,6 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specserve_kernels.activation import silu_mul
+from specserve_kernels.norm import rms_norm
+from specserve_kernels.skinny import Norm, is_skinny, skinny_linear
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -36,8 +40,9 @@ class Storage(Protocol):
     def parameters(self) -> Sequence[dict[str, Parameter]]:
         """For each part in merged order, its checkpoint tensors by suffix ("weight", "bias", …)."""
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """x [T, in] → a new [T, out] tensor: x Wᵀ + bias."""
+    def matmul(self, x: Tensor, norm: Norm | None = None, *, gated: bool = False) -> Tensor:
+        """x [T, in] → a new [T, out] tensor: x Wᵀ + bias. `norm` (weight [in], eps []): of RMS-normed x. `gated`: the
+        two halves of out go through silu(first) * second, which leaves [T, out / 2]."""
 
     def add_matmul(self, y: Tensor, x: Tensor) -> None:
         """y [T, out] += x Wᵀ + bias, in place."""
@@ -68,12 +73,17 @@ class DenseStorage:
                 part["bias"] = whole(values)
         return parts
 
-    def matmul(self, x: Tensor) -> Tensor:
-        if self._bias is None:
-            return torch.mm(x, self._weight)
-        return torch.addmm(self._bias, x, self._weight)
+    def matmul(self, x: Tensor, norm: Norm | None = None, *, gated: bool = False) -> Tensor:
+        if self._bias is None and is_skinny(x):
+            return skinny_linear(x, self._weight.t(), norm=norm, gated=gated)
+        x = x if norm is None else rms_norm(x, *norm)
+        y = torch.mm(x, self._weight) if self._bias is None else torch.addmm(self._bias, x, self._weight)
+        return silu_mul(y) if gated else y
 
     def add_matmul(self, y: Tensor, x: Tensor) -> None:
+        if self._bias is None and is_skinny(x):
+            skinny_linear(x, self._weight.t(), residual=y)
+            return
         y.addmm_(x, self._weight)
         if self._bias is not None:
             y.add_(self._bias)

@@ -34,8 +34,8 @@ class Block:
 
     def forward(self, hidden: Tensor, ctx: ForwardContext, step: Step) -> None:
         """hidden [T, hidden] goes through the layer, in place."""
-        self.attention.add_to(hidden, self.attention_norm.forward(hidden), ctx, step)
-        self.mlp.add_to(hidden, self.mlp_norm.forward(hidden), ctx)
+        self.attention.add_to(hidden, self.attention_norm, ctx, step)
+        self.mlp.add_to(hidden, self.mlp_norm, ctx)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ beyond a step's own are the padding row, whose one token in block 0 nobody reads
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from specserve.core.plan import PlanRow
-from specserve.device import Graph, capturing
+from specserve.device import Graph, capturing, reserved_memory
 from specserve.runtime.layout import StepLayout, uniform_layout
 from specserve.runtime.model_state import ModelState
 from specserve.runtime.rows import DeviceRows
@@ -37,10 +38,11 @@ class DecodeGraphs:
         self._rows = rows
         self._max_context = max_context
         self._device = device
-        self._row_index: dict[int, Tensor] = {}  # bucket → [bucket] int64, a graph's input
+        self._layouts: dict[int, StepLayout] = {}  # by bucket; a layout's row_index is its graphs' input
         self._graphs: dict[tuple[int, bool], Graph] = {}  # (bucket, with adapters)
         self._current: dict[int, tuple[int, ...]] = {}  # bucket → the rows that its input holds
         self._bucket_of: list[int] = []  # by number of rows
+        self.facts: dict[str, float] = {}  # how many graphs, and what they cost at start
 
     @torch.inference_mode()
     def capture(self, max_rows: int, adapters: Sequence[bool], *, progress: bool) -> None:
@@ -49,16 +51,23 @@ class DecodeGraphs:
         sizes = buckets(max_rows)
         self._bucket_of = [next(size for size in sizes if size >= count) for count in range(max_rows + 1)]
         for size in sizes:
-            self._row_index[size] = torch.full((size,), self._rows.padding_row, device=self._device)
+            row_index = torch.full((size,), self._rows.padding_row, device=self._device)
+            self._layouts[size] = uniform_layout((self._rows.padding_row,) * size, row_index, 1)
             self._current[size] = ()
         for with_adapters in adapters:
             self._decode(sizes[-1], with_adapters)  # compiles the kernels
+        begin, before = time.perf_counter(), reserved_memory(self._device)
         with capturing(self._device) as pool:
             for size in tqdm(sizes[::-1], desc="Capturing CUDA graphs", disable=not progress):
                 for with_adapters in adapters:
                     self._decode(size, with_adapters)  # picks the libraries' kernels for this size
                     work = _bind(self._decode, size, with_adapters)
                     self._graphs[size, with_adapters] = Graph(work, pool)
+        self.facts = {
+            "count": len(self._graphs),
+            "seconds": round(time.perf_counter() - begin, 2),
+            "bytes": reserved_memory(self._device) - before,
+        }
 
     def can_run(self, plan_rows: Sequence[PlanRow]) -> bool:
         """Whether every row of the step decodes one token."""
@@ -71,19 +80,17 @@ class DecodeGraphs:
         count = len(layout.rows)
         size = self._bucket_of[count]
         if self._current[size] != layout.rows:
-            self._row_index[size][:count].copy_(layout.row_index)
+            row_index = self._layouts[size].row_index
+            row_index[:count].copy_(layout.row_index)
             if count < len(self._current[size]):
-                self._row_index[size][count:].fill_(self._rows.padding_row)
+                row_index[count:].fill_(self._rows.padding_row)
             self._current[size] = layout.rows
         with_adapters = any(self._rows.adapters[row] for row in layout.rows)
         return self._graphs[size, with_adapters].replay()[:count]
 
     def _decode(self, size: int, with_adapters: bool) -> Tensor:
-        row_index = self._row_index[size]
-        layout = uniform_layout((self._rows.padding_row,) * size, row_index, 1)
-        positions = self._rows.num_tokens[row_index] - 1
         bounds = (self._max_context,) * size
-        hidden = self._target.forward(self._rows, layout, positions, bounds, with_adapters=with_adapters)
+        hidden = self._target.forward(self._rows, self._layouts[size], None, bounds, with_adapters=with_adapters)
         return self._target.model.compute_logits(hidden)
 
 

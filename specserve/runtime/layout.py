@@ -18,14 +18,15 @@ from specserve.runtime.packing import Packer
 class StepLayout:
     """B sequences of `query_lens` tokens laid one after another, T in all; sequence b belongs to device row `rows[b]`.
 
-    row_index [B], query_start [B + 1] (the first token of each; the last entry is T), sequence [T] (which sequence a
-    token belongs to), offset [T] (its place therein): int64 on the device.
+    row_index [B], query_start [B + 1] (the first token of each; the last entry is T), token_rows [T] (the device row of
+    a token), sequence [T] (which sequence it belongs to), offset [T] (its place therein): int64 on the device.
     """
 
     rows: tuple[int, ...]
     query_lens: tuple[int, ...]
     row_index: Tensor
     query_start: Tensor
+    token_rows: Tensor
     sequence: Tensor
     offset: Tensor
 
@@ -35,7 +36,7 @@ class PackedLayout(NamedTuple):
 
     rows: tuple[int, ...]
     query_lens: tuple[int, ...]
-    handles: tuple[slice, slice, slice, slice]
+    handles: tuple[slice, ...]
 
     def on_device(self, packed: Packer) -> StepLayout:
         return StepLayout(self.rows, self.query_lens, *(packed[handle] for handle in self.handles))
@@ -47,18 +48,19 @@ def pack_layout(rows: Sequence[int], query_lens: Sequence[int], packer: Packer) 
     start = np.concatenate(([0], np.cumsum(lens)))
     sequence = np.repeat(np.arange(len(lens)), lens)
     offset = np.arange(start[-1]) - start[sequence]
-    arrays = (np.asarray(rows, dtype=np.int64), start, sequence, offset)
-    first, second, third, fourth = (packer.add(array) for array in arrays)
-    return PackedLayout(tuple(rows), tuple(query_lens), (first, second, third, fourth))
+    index = np.asarray(rows, dtype=np.int64)
+    handles = tuple(packer.add(array) for array in (index, start, index[sequence], sequence, offset))
+    return PackedLayout(tuple(rows), tuple(query_lens), handles)
 
 
 def uniform_layout(rows: tuple[int, ...], row_index: Tensor, count: int) -> StepLayout:
     """`count` tokens of each row; made on the device."""
     batch, device = len(rows), row_index.device
     tokens = torch.arange(batch * count, device=device)
-    sequence = tokens // count if count > 1 else tokens
+    sequence = tokens // count
     query_start = torch.arange(batch + 1, device=device) * count
-    return StepLayout(rows, (count,) * batch, row_index, query_start, sequence, tokens - sequence * count)
+    token_rows = row_index if count == 1 else row_index[sequence]
+    return StepLayout(rows, (count,) * batch, row_index, query_start, token_rows, sequence, tokens - sequence * count)
 
 
 def sample_index(plan_rows: Sequence[PlanRow]) -> list[int] | None:

@@ -15,7 +15,7 @@ from specserve.runtime.layout import StepLayout
 from specserve.runtime.rows import DeviceRows
 from specserve_adapters.pool import AdapterPool
 from specserve_kernels.attention import AttentionMetadata
-from specserve_kernels.inputs import gather_inputs
+from specserve_kernels.inputs import RowTables, gather_inputs
 
 
 class Model(Protocol):
@@ -63,21 +63,23 @@ class ModelState:
         self,
         rows: DeviceRows,
         layout: StepLayout,
-        positions: Tensor,
+        positions: Tensor | None,
         context_bounds: tuple[int, ...],
         *,
         with_adapters: bool | None = None,
     ) -> Tensor:
-        """Hidden states [T, hidden] of the rows' history at `positions` [T]; their KV is written on the way.
+        """Hidden states [T, hidden] of the rows' history at `positions` [T] (None: of each row's last token); their KV
+        is written on the way.
 
         Positions that were never given a block (over-long rows) write to block 0. `with_adapters`: whether to apply
         the rows' adapters; None: if the host knows that one of the rows has any.
         """
-        token_rows = layout.row_index[layout.sequence]  # [T]
-        input_ids, slots = gather_inputs(token_rows, positions, rows.history, rows.block_tables, self.block_size)
+        tables = RowTables(rows.num_tokens, rows.history, rows.block_tables)
+        last_position = self.model.spec.max_model_len - 1
+        inputs = gather_inputs(layout.token_rows, positions, tables, self.block_size, last_position)
         metadata = AttentionMetadata(
-            positions=positions.clamp(max=self.model.spec.max_model_len - 1),
-            slot_mapping=slots,
+            positions=inputs.positions,
+            slot_mapping=inputs.slots,
             block_tables=rows.block_tables,
             rows=layout.row_index,
             query_start=layout.query_start,
@@ -87,10 +89,10 @@ class ModelState:
         )
         if with_adapters is None:
             with_adapters = any(rows.adapters[row] for row in layout.rows)
-        lora = self._lora(rows, layout, token_rows) if with_adapters else None
-        return self.model.forward(input_ids, ForwardContext(metadata, self.kv_caches, lora))
+        lora = self._lora(rows, layout) if with_adapters else None
+        return self.model.forward(inputs.input_ids, ForwardContext(metadata, self.kv_caches, lora))
 
-    def _lora(self, rows: DeviceRows, layout: StepLayout, token_rows: Tensor) -> LoraApplier | None:
+    def _lora(self, rows: DeviceRows, layout: StepLayout) -> LoraApplier | None:
         if self.adapters.grouped:
-            return self.adapters.device_batch(token_rows, rows.adapter_slots, rows.adapter_weights)
+            return self.adapters.device_batch(layout.token_rows, rows.adapter_slots, rows.adapter_weights)
         return self.adapters.make_batch([rows.adapters[row] for row in layout.rows], layout.query_lens)

@@ -1,4 +1,4 @@
-"""Looking tokens up in the device rows and appending to them, against the references."""
+"""Looking rows and tokens up in the device rows and appending to them, against the references."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ import pytest
 import torch
 
 from specserve_kernels.commit import commit_tokens_ref, commit_tokens_triton
-from specserve_kernels.inputs import gather_inputs_ref, gather_inputs_triton
+from specserve_kernels.gather import gather_rows_ref, gather_rows_triton
+from specserve_kernels.inputs import RowTables, gather_inputs_ref, gather_inputs_triton
 
 
 @pytest.mark.parametrize(("tokens", "block_size"), [(1, 16), (7, 5), (300, 1)])
-def test_gather_inputs(device: torch.device, tokens: int, block_size: int) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_gather_inputs(device: torch.device, tokens: int, block_size: int, given: bool) -> None:
     generator = torch.Generator().manual_seed(tokens)
 
     def ints(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(high, shape, generator=generator).to(device)
 
-    history, tables = ints(1000, 5, 37), ints(99, 5, -(-37 // block_size))
-    args = (ints(5, tokens), ints(37, tokens), history, tables, block_size)
+    tables = RowTables(ints(36, 5) + 1, ints(1000, 5, 37), ints(99, 5, -(-37 // block_size)))
+    args = (ints(5, tokens), ints(37, tokens) if given else None, tables, block_size, 30)
     for mine, wanted in zip(gather_inputs_triton(*args), gather_inputs_ref(*args), strict=True):
         assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (9, 1, 12), (5, 1500)])
+def test_gather_rows(device: torch.device, shape: tuple[int, ...]) -> None:
+    table = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
+    index = torch.tensor([3, 0, 4, 3], device=device)
+    assert torch.equal(gather_rows_triton(table, index), gather_rows_ref(table, index))
 
 
 @pytest.mark.parametrize("columns", [1, 4, 5])
