@@ -56,7 +56,7 @@ def on_cpu() -> LLM:
 def test_tokens_equal_the_cpus_in_float64(on_cpu: LLM, depth: int, temperature: float) -> None:
     llm = LLM(
         model="demo", device="cuda", dtype="float64", pipeline_depth=depth, num_blocks=400, check_integrity=True,
-        max_loras=2 if depth == 1 else 8, max_num_batched_tokens=64,
+        max_loras=2 if depth == 1 else 8, max_num_seqs=16, max_num_batched_tokens=64,
     )  # fmt: skip
     truth = [output.token_ids for output in answers(on_cpu, Ask(temperature=temperature))]
     for ask in (
