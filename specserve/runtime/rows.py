@@ -47,14 +47,13 @@ class DeviceRows:
     ) -> None:
         count, width = max_num_seqs + 1, max_model_len + slack
         blocks = -(-width // block_size)
-        sizes = (count * width, count * blocks, count, count, count, count * max_adapters)
+        sizes = (count * width, count * blocks, count, count, count * max_adapters)
         self._words = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
-        history, tables, num_tokens, prompt_lens, draft_computed, slots = self._words.split_with_sizes(sizes)
+        history, tables, num_tokens, draft_computed, slots = self._words.split_with_sizes(sizes)
         self._starts = dict(zip(_FIELDS, np.cumsum((0, *sizes)).tolist(), strict=False))
         self.history = history.view(count, width)  # [R, width] committed tokens, then scratch
         self.block_tables = tables.view(count, blocks)  # [R, max_blocks]
         self.num_tokens = num_tokens  # [R] committed
-        self.prompt_lens = prompt_lens  # [R]
         self.num_draft_computed = draft_computed  # [R] tokens whose draft KV is right
         self.adapter_slots = slots.view(count, max_adapters)  # [R, max_adapters], −1: none
         self.adapter_weights = torch.zeros(count, max_adapters, dtype=torch.float32, device=device)
@@ -101,7 +100,6 @@ class DeviceRows:
     def _take(self, new: NewRow, writes: _Writes) -> None:
         writes.add(self._place("history", new.row), new.token_ids)
         writes.add(self._place("num_tokens", new.row), [len(new.token_ids)])
-        writes.add(self._place("prompt_lens", new.row), [new.prompt_len])
         writes.add(self._place("num_draft_computed", new.row), [new.num_draft_computed])
         writes.add(self._place("adapter_slots", new.row), [slot for slot, _ in self._padded(new)])
         self.sampling.set_row(new.row, new.params, new.seed, new.stop_ids, new.prompt_len)
@@ -125,7 +123,7 @@ class DeviceRows:
             self.adapter_weights.index_copy_(0, packed[changes.new_rows], weights.view(shape))
 
 
-_FIELDS = ("history", "block_tables", "num_tokens", "prompt_lens", "num_draft_computed", "adapter_slots")
+_FIELDS = ("history", "block_tables", "num_tokens", "num_draft_computed", "adapter_slots")
 
 
 class _Writes:
