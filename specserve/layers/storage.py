@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.activation import silu_mul
+from specserve_kernels.dispatch import runs_triton
 from specserve_kernels.norm import rms_norm
 from specserve_kernels.skinny import Norm, is_skinny, skinny_linear
 
@@ -60,10 +61,10 @@ class DenseStorage:
     ) -> None:
         self._widths = tuple(widths)
         shape = (in_features, sum(widths))
-        if device.type == "cpu":
-            self._weight = torch.empty(shape, dtype=dtype, device=device)
-        else:
+        if runs_triton(device):
             self._weight = torch.empty(shape[::-1], dtype=dtype, device=device).t()
+        else:
+            self._weight = torch.empty(shape, dtype=dtype, device=device)
         self._bias = torch.empty(sum(widths), dtype=dtype, device=device) if bias else None
 
     def parameters(self) -> list[dict[str, Parameter]]:
