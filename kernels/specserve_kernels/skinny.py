@@ -173,7 +173,7 @@ def skinny_linear_ref(x: Tensor, weight: Tensor, residual: Tensor | None, norm: 
 def choose_cut(rows: int, out_dim: int) -> Cut:
     """The cut for x [rows, in] and W [out, in]: W's shares must occupy every multiprocessor several times over."""
     if rows == 1:
-        return {"BN": 8 if out_dim >= 4096 else 4, "BK": 1024, "fetch": 1024, "stages": 1, "warps": 4}
+        return {"BN": 8 if out_dim > 4096 else 4, "BK": 1024, "fetch": 0, "stages": 1, "warps": 4}
     if out_dim <= 4096:
         return {"BN": 16, "BK": 256, "fetch": 1024, "stages": 4, "warps": 4}
     return {"BN": 64, "BK": 128, "fetch": 512, "stages": 4, "warps": 4}
