@@ -18,31 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specserve_kernels import attention_prefill_hopper
+from specserve_kernels.attention_prefill_tiles import SEQS, locate
 from specserve_kernels.language import tl, triton
-
-SPECIALISED_FROM: int | None = None
-"""Keys from which attention_prefill_hopper, where it can run, is the faster kernel; None: never."""
-_FEW_ROWS = 256 * 128
-"""Queries times heads that tiles of 128 rows spread over too few of a large GPU's (132) multiprocessors."""
-_SEQS = 64  # query starts looked at together while a program finds its sequence
-
-
-@triton.jit
-def _locate(query_start, first_seq, num_seqs, tile, TILE_Q: tl.constexpr, SEQS: tl.constexpr):
-    """Sequence of the flat `tile` and the tile's place in it.
-
-    Sequence first_seq + i gets the tiles from (its first token) // TILE_Q + i on: never too few, at most one too many.
-    """
-    origin = tl.load(query_start + first_seq)
-    count = 0
-    for start in range(0, num_seqs, SEQS):
-        i = start + tl.arange(0, SEQS)
-        first = tl.load(query_start + first_seq + i, mask=i < num_seqs, other=0) - origin
-        count += tl.sum(((first // TILE_Q + i <= tile) & (i < num_seqs)).to(tl.int32))
-    seq = first_seq + count - 1
-    first = tl.load(query_start + seq)
-    return seq, first, tile - ((first - origin) // TILE_Q).to(tl.int32) - (count - 1)
 
 
 @triton.jit
@@ -135,14 +112,13 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
-    SPLIT: tl.constexpr,  # whether tiles that need no mask have a loop of their own
     SEQS: tl.constexpr,
 ):
     TILE_Q: tl.constexpr = BLOCK_M // GROUPS
     # The last tiles see the most keys: they go first, so that the end of the grid is made of short ones.
     flat = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    seq, first_token, tile = _locate(query_start, first_seq, num_seqs, flat, TILE_Q, SEQS)
+    seq, first_token, tile = locate(query_start, first_seq, num_seqs, flat, TILE_Q, SEQS)
     query_len = (tl.load(query_start + seq + 1) - first_token).to(tl.int32)
     if tile * TILE_Q >= query_len:
         return
@@ -166,24 +142,22 @@ def _prefill_kernel(
     acc = tl.zeros([BLOCK_M, DIM], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    diagonal = 0
+    start = 0
     if WINDOWED:
-        diagonal = tl.maximum(first_at - window + 1, 0) // BLOCK_N * BLOCK_N
-    if SPLIT:
-        start = diagonal
-        middle = diagonal  # keys from here on, up to the diagonal's first tile, are visible to every row
-        diagonal = tl.maximum((first_at + 1) // BLOCK_N * BLOCK_N, start)
-        if WINDOWED:
-            middle = (tl.maximum(end - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-            middle = tl.minimum(tl.maximum(middle, start), diagonal)
-            acc, total, peak = _attend(
-                acc, total, peak, q, k_cache, v_cache, table, at, start, middle, end, slot_stride, window, scale,
-                HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=True, WINDOWED=True,
-            )  # fmt: skip
+        start = tl.maximum(first_at - window + 1, 0) // BLOCK_N * BLOCK_N
+    middle = start  # keys from here on, up to the diagonal's first tile, are visible to every row
+    diagonal = tl.maximum((first_at + 1) // BLOCK_N * BLOCK_N, start)
+    if WINDOWED:
+        middle = (tl.maximum(end - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        middle = tl.minimum(tl.maximum(middle, start), diagonal)
         acc, total, peak = _attend(
-            acc, total, peak, q, k_cache, v_cache, table, at, middle, diagonal, end, slot_stride, window, scale,
-            HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=False, WINDOWED=WINDOWED,
+            acc, total, peak, q, k_cache, v_cache, table, at, start, middle, end, slot_stride, window, scale,
+            HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=True, WINDOWED=True,
         )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, q, k_cache, v_cache, table, at, middle, diagonal, end, slot_stride, window, scale,
+        HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=False, WINDOWED=WINDOWED,
+    )  # fmt: skip
     acc, total, peak = _attend(
         acc, total, peak, q, k_cache, v_cache, table, at, diagonal, end, end, slot_stride, window, scale,
         HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, MASKED=True, WINDOWED=WINDOWED,
@@ -194,32 +168,22 @@ def _prefill_kernel(
 
 
 class Tile(NamedTuple):
-    """Rows and keys of a tile, warps of a program, depth of the pipeline, a loop without mask before that with it."""
+    """Rows and keys of a tile, warps of a program, depth of the pipeline."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
-    split: bool = True
 
 
-def choose_tile(dtype: torch.dtype, dim: int, groups: int, rows: int, windowed: bool) -> Tile:
-    """The tile for `dim` (head_dim, a power of two) and up to `rows` queries times heads."""
+def choose_tile(dtype: torch.dtype, dim: int, groups: int) -> Tile:
+    """The tile for `dim` (head_dim, a power of two)."""
     least = max(16, triton.next_power_of_2(groups))
     if dtype == torch.float32:  # no tensor cores in full fp32: small tiles keep the products in registers
         return Tile(max(32, least) if dim <= 128 else max(16, least), 32, 8, 1)
     if dim > 128:
         return Tile(max(64, least), 64, 8, 2)
-    if rows < _FEW_ROWS:  # more programs, and two of them on a multiprocessor
-        return Tile(max(64, least), 64, 4, 3)
-    if windowed and dim == 128:  # the masks need registers
-        return Tile(max(128, least), 64, 8, 3)
-    return Tile(max(128, least), 128, 8, 2 if dim == 128 else 3)
-
-
-def _specialised(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_size: int, rows: int, max_context: int) -> bool:
-    long = SPECIALISED_FROM is not None and max_context >= SPECIALISED_FROM and rows >= _FEW_ROWS
-    return long and attention_prefill_hopper.takes(q, k_cache, v_cache, block_size)
+    return Tile(max(64, least), 64, 4, 3)  # two programs on a multiprocessor
 
 
 def prefill_attention_triton(
@@ -241,7 +205,7 @@ def prefill_attention_triton(
     window: int | None,
     tile: Tile | None = None,
 ) -> None:
-    """Write the attention of sequences first_seq … first_seq + num_seqs − 1 into their tokens of `out`.
+    """Write the attention of sequences first_seq … first_seq + num_seqs − 1 into their tokens of `out`, on any GPU.
 
     block_tables [R, max_blocks], rows [B], query_start [B + 1], positions [T] int64: sequence b reads its blocks from
     block_tables[rows[b]] and owns the tokens query_start[b] … query_start[b + 1] − 1, at consecutive positions.
@@ -255,14 +219,7 @@ def prefill_attention_triton(
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == 1, (k_cache.stride(), v_cache.stride())
     assert max_context <= block_tables.shape[1] * block_size and block_tables.stride(1) == 1, "beyond the block table"
     dim = max(16, triton.next_power_of_2(head_dim))
-    if tile is None and _specialised(q, k_cache, v_cache, block_size, queries * heads, max_context):
-        attention_prefill_hopper.prefill_attention_hopper(
-            q, k_cache, v_cache, block_tables, rows, query_start, positions, out, first_seq=first_seq,
-            num_seqs=num_seqs, max_query_len=max_query_len, max_context=max_context, block_size=block_size,
-            scale=scale, window=window,
-        )  # fmt: skip
-        return
-    tile = tile or choose_tile(q.dtype, dim, groups, queries * heads, window is not None)
+    tile = tile or choose_tile(q.dtype, dim, groups)
     tile_q = tile.block_m // groups
     tiles = triton.cdiv(queries, tile_q) + num_seqs - 1
     _prefill_kernel[(tiles, kv_heads)](
@@ -270,6 +227,6 @@ def prefill_attention_triton(
         first_seq, num_seqs, window or 0, scale * math.log2(math.e),
         q.stride(0), out.stride(0), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
         GROUPS=groups, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOWED=window is not None, SPLIT=tile.split, SEQS=_SEQS,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOWED=window is not None, SEQS=SEQS,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -39,24 +39,50 @@ def _copy(desc, smem, full, empty, phase, stage, first, table, last_page, column
 
 
 @gluon.jit
-def produce(k_desc, v_desc, k_smem, v_smem, k_full, k_empty, v_full, v_empty, table, start, stop, last_page, column,
-             HALVES: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-             STAGES: gl.constexpr):  # fmt: skip
-    """The loading warp."""
-    for first in range(start, stop, BLOCK_N):
-        step = (first - start) // BLOCK_N
-        stage = step % STAGES
-        phase = (step // STAGES) & 1
-        _copy(k_desc, k_smem, k_full, k_empty, phase, stage, first, table, last_page, column,
-              HALVES, BLOCK_N, PAGE, BLOCK_SIZE)  # fmt: skip
-        _copy(v_desc, v_smem, v_full, v_empty, phase, stage, first, table, last_page, column,
-              HALVES, BLOCK_N, PAGE, BLOCK_SIZE)  # fmt: skip
+def _tile(tiles, item, items, KV_HEADS: gl.constexpr, FIELDS: gl.constexpr):
+    """Where the record of an item lies, and its KV head.
+
+    Programs with several items take all heads of the longest tiles first, and every second round goes backwards: who
+    took the most of the last one takes the least of this one. Where each has one, head after head stays in the cache.
+    """
+    programs = gl.num_programs(0)
+    turn = item // programs
+    back = (turn % 2 == 1) & ((turn + 1) * programs <= items)
+    place = gl.where(back, (2 * turn + 1) * programs - 1 - item, item)
+    count = items // KV_HEADS
+    single = programs == items
+    tile = gl.where(single, place % count, place // KV_HEADS)
+    return tiles + tile * FIELDS, gl.where(single, place // count, place % KV_HEADS)
 
 
 @gluon.jit
-def _multiply_keys(q_smem, k_smem, stage, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, HALVES: gl.constexpr,
-                   GROUP: gl.constexpr, SCORES: gl.constexpr):  # fmt: skip
-    """Start q · Kᵀ of one tile."""
+def produce(k_desc, v_desc, tiles, block_tables, k_smem, v_smem, k_full, k_empty, v_full, v_empty, items, table_stride,
+            KV_HEADS: gl.constexpr, FIELDS: gl.constexpr, HALVES: gl.constexpr,
+            BLOCK_N: gl.constexpr, PAGE: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The loading warp: it runs ahead into the next item as far as there are free stages."""
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, kv_head = _tile(tiles, item, items, KV_HEADS, FIELDS)
+        table = block_tables + gl.load(tile + 4).to(gl.int64) * table_stride
+        stop = gl.load(tile + 5)
+        last_page = (stop - 1) // BLOCK_SIZE
+        column = kv_head * (HALVES * 64)
+        for first in range(0, stop, BLOCK_N):
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            _copy(k_desc, k_smem, k_full, k_empty, phase, stage, first, table, last_page, column,
+                  HALVES, BLOCK_N, PAGE, BLOCK_SIZE)  # fmt: skip
+            _copy(v_desc, v_smem, v_full, v_empty, phase, stage, first, table, last_page, column,
+                  HALVES, BLOCK_N, PAGE, BLOCK_SIZE)  # fmt: skip
+            step += 1
+
+
+@gluon.jit
+def _multiply_keys(q_smem, k_smem, k_full, step, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, HALVES: gl.constexpr,
+                   STAGES: gl.constexpr, GROUP: gl.constexpr, SCORES: gl.constexpr):  # fmt: skip
+    """Start q · Kᵀ of one tile, once its keys are there."""
+    stage = step % STAGES
+    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
     scores = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     for half in gl.static_range(HALVES):
         keys = k_smem.index(stage * HALVES + half).permute((1, 0))
@@ -65,8 +91,10 @@ def _multiply_keys(q_smem, k_smem, stage, ROWS: gl.constexpr, BLOCK_N: gl.conste
 
 
 @gluon.jit
-def _multiply_values(weights, v_smem, stage, left, right, HALVES: gl.constexpr):
-    """Start weights · V of one tile."""
+def _multiply_values(weights, v_smem, v_full, step, left, right, HALVES: gl.constexpr, STAGES: gl.constexpr):
+    """Start weights · V of one tile, once its values are there."""
+    stage = step % STAGES
+    mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
     left = warpgroup_mma(weights, v_smem.index(stage * HALVES), left, is_async=True)
     if HALVES == 2:
         right = warpgroup_mma(weights, v_smem.index(stage * HALVES + 1), right, is_async=True)
@@ -84,122 +112,119 @@ def _finish_values(weights, left, right, HALVES: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(scores, total, peak, at, first, lowest, highest, window, scale, BLOCK_N: gl.constexpr,
-           WINDOWED: gl.constexpr, SCORES: gl.constexpr):  # fmt: skip
+def _weigh(scores, total, peak, at, first, lowest, scale, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
     """Softmax of a tile: its weights, the factor for what came before, and the new running sums."""
-    partial = first + BLOCK_N > lowest + 1
-    if WINDOWED:
-        partial = partial | (first <= highest - window)
-    if partial:
+    if first + BLOCK_N > lowest + 1:
         keys = gl.expand_dims(first + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES)), 0)
-        visible = keys <= gl.expand_dims(at, 1)
-        if WINDOWED:
-            visible = visible & (keys > gl.expand_dims(at - window, 1))
-        scores = gl.where(visible, scores, float("-inf"))
+        scores = gl.where(keys <= gl.expand_dims(at, 1), scores, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(scores, 1) * scale)
-    anchor = new_peak
-    if WINDOWED:  # a row may see none of the keys so far, and inf − inf is not 0
-        anchor = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = gl.exp2(scores * scale - gl.expand_dims(anchor, 1))
-    decay = gl.exp2(peak - anchor)
+    weights = gl.exp2(scores * scale - gl.expand_dims(new_peak, 1))
+    decay = gl.exp2(peak - new_peak)
     return weights, decay, total * decay + gl.sum(weights, 1), new_peak
 
 
 @gluon.jit
-def _load_queries(q_ptr, q_smem, first_token, first_query, query_len, kv_head, q_stride, GROUPS: gl.constexpr,
-                  HALVES: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+def _rows(tile, kv_head, GROUPS: gl.constexpr, HALVES: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
+          layout: gl.constexpr):  # fmt: skip
+    """Token, place in a token (numbers) and existence of a computing group's rows."""
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    query = first_query + row // GROUPS
-    real = (row // GROUPS < ROWS // GROUPS) & (query < query_len)
-    heads = (kv_head * GROUPS + row % GROUPS) * (HALVES * 64)
-    place = gl.expand_dims((first_token + query).to(gl.int64) * q_stride + heads, 1)
+    query = gl.load(tile + 1) + GROUP * (ROWS // GROUPS) + row // GROUPS
+    real = (row // GROUPS < ROWS // GROUPS) & (query < gl.load(tile + 2))
+    token = (gl.load(tile) + query).to(gl.int64)
+    return token, (kv_head * GROUPS + row % GROUPS) * (HALVES * 64), real
+
+
+@gluon.jit
+def _load_queries(q_ptr, tile, kv_head, q_stride, GROUPS: gl.constexpr, HALVES: gl.constexpr, ROWS: gl.constexpr,
+                  GROUP: gl.constexpr):  # fmt: skip
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    token, heads, real = _rows(tile, kv_head, GROUPS, HALVES, ROWS, GROUP, layout)
     dims = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
-    for half in gl.static_range(HALVES):
-        q = gl.load(q_ptr + place + (dims + half * 64), mask=gl.expand_dims(real, 1), other=0.0)
-        q_smem.index(GROUP * HALVES + half).store(q)
+    places = q_ptr + gl.expand_dims(token * q_stride + heads, 1) + dims
+    mask = gl.expand_dims(real, 1)
+    left = gl.load(places, mask=mask, other=0.0)
+    right = left
+    if HALVES == 2:
+        right = gl.load(places + 64, mask=mask, other=0.0)
+    return left, right
+
+
+@gluon.jit
+def _put_queries(left, right, q_smem, HALVES: gl.constexpr, GROUP: gl.constexpr):
+    gl.thread_barrier()  # all warps of the group are done with the last item's queries
+    q_smem.index(GROUP * HALVES).store(left)
+    if HALVES == 2:
+        q_smem.index(GROUP * HALVES + 1).store(right)
     fence_async_shared()
 
 
 @gluon.jit
-def _store(acc, total, half, out_ptr, first_token, first_query, query_len, kv_head, out_stride, GROUPS: gl.constexpr,
-           HALVES: gl.constexpr, ROWS: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
-    query = first_query + row // GROUPS
-    real = (row // GROUPS < ROWS // GROUPS) & (query < query_len)
-    heads = (kv_head * GROUPS + row % GROUPS) * (HALVES * 64) + half * 64
-    place = gl.expand_dims((first_token + query).to(gl.int64) * out_stride + heads, 1)
-    dims = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, ACC)), 0)
-    acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, ACC)), 1)
-    gl.store(out_ptr + place + dims, acc.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(real, 1))
+def _positions(tile, GROUPS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, SCORES: gl.constexpr):
+    """Positions of a computing group's rows, and the lowest of them; rows beyond the sequence repeat its last query."""
+    first_query = gl.load(tile + 1) + GROUP * (ROWS // GROUPS)
+    last_query = gl.load(tile + 2) - 1
+    base = gl.load(tile + 3)
+    query = first_query + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)) // GROUPS
+    return base + gl.minimum(query, last_query), base + gl.minimum(first_query, last_query)
 
 
 @gluon.jit
-def consume(q_ptr, out_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, first_token, first_query,
-             query_len, base, kv_head, start, stop, window, scale, q_stride, out_stride, GROUPS: gl.constexpr,
-             HALVES: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-             WINDOWED: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+def _store(acc, total, half, out_ptr, tile, kv_head, out_stride, GROUPS: gl.constexpr, HALVES: gl.constexpr,
+           ROWS: gl.constexpr, GROUP: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+    token, heads, real = _rows(tile, kv_head, GROUPS, HALVES, ROWS, GROUP, ACC)
+    dims = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, ACC)), 0)
+    places = out_ptr + gl.expand_dims(token * out_stride + heads + half * 64, 1) + dims
+    acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, ACC)), 1)
+    gl.store(places, acc.to(out_ptr.dtype.element_ty), mask=gl.expand_dims(real, 1))
+
+
+@gluon.jit
+def consume(q_ptr, out_ptr, tiles, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, items, scale, q_stride,
+            out_stride, KV_HEADS: gl.constexpr, FIELDS: gl.constexpr, GROUPS: gl.constexpr,
+            HALVES: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+            GROUP: gl.constexpr):  # fmt: skip
     """A computing group of four warps."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    first_query += GROUP * (ROWS // GROUPS)
-    _load_queries(q_ptr, q_smem, first_token, first_query, query_len, kv_head, q_stride, GROUPS, HALVES, ROWS, GROUP)
-    at = base + gl.minimum(first_query + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES)) // GROUPS, query_len - 1)
-    lowest = base + gl.minimum(first_query, query_len - 1)
-    highest = base + gl.minimum(first_query + ROWS // GROUPS, query_len) - 1
-    total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-    peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    left = gl.zeros([ROWS, 64], gl.float32, ACC)
-    right = gl.zeros([ROWS, 64], gl.float32, ACC)
+    step = 0  # tiles of keys so far, of all items
+    tile, kv_head = _tile(tiles, gl.program_id(0), items, KV_HEADS, FIELDS)
+    q_left, q_right = _load_queries(q_ptr, tile, kv_head, q_stride, GROUPS, HALVES, ROWS, GROUP)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, kv_head = _tile(tiles, item, items, KV_HEADS, FIELDS)
+        _put_queries(q_left, q_right, q_smem, HALVES, GROUP)
+        at, lowest = _positions(tile, GROUPS, ROWS, GROUP, SCORES)
+        total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
+        peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+        left = gl.zeros([ROWS, 64], gl.float32, ACC)
+        right = gl.zeros([ROWS, 64], gl.float32, ACC)
 
-    mbarrier.wait(k_full.index(0), 0)
-    scores = _multiply_keys(q_smem, k_smem, 0, ROWS, BLOCK_N, HALVES, GROUP, SCORES)
-    scores = warpgroup_mma_wait(0, deps=(scores,))
-    mbarrier.arrive(k_empty.index(0))
-    weights, decay, total, peak = _weigh(
-        scores, total, peak, at, start, lowest, highest, window, scale, BLOCK_N, WINDOWED, SCORES
-    )
-    operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
-    for first in range(start + BLOCK_N, stop, BLOCK_N):
-        step = (first - start) // BLOCK_N
-        stage = step % STAGES
-        before = (step - 1) % STAGES
-        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-        scores = _multiply_keys(q_smem, k_smem, stage, ROWS, BLOCK_N, HALVES, GROUP, SCORES)
-        mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
-        left, right = _multiply_values(operand, v_smem, before, left, right, HALVES)
-        scores = warpgroup_mma_wait(HALVES, deps=(scores,))  # the values' products go on
-        mbarrier.arrive(k_empty.index(stage))
-        weights, decay, total, peak = _weigh(
-            scores, total, peak, at, first, lowest, highest, window, scale, BLOCK_N, WINDOWED, SCORES
-        )
-        left, right = _finish_values(operand, left, right, HALVES)
-        mbarrier.arrive(v_empty.index(before))
-        shrink = gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, ACC)), 1)
-        left = left * shrink
-        right = right * shrink
+        scores = _multiply_keys(q_smem, k_smem, k_full, step, ROWS, BLOCK_N, HALVES, STAGES, GROUP, SCORES)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_empty.index(step % STAGES))
+        weights, decay, total, peak = _weigh(scores, total, peak, at, 0, lowest, scale, BLOCK_N, SCORES)
         operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
-    step = (stop - start - 1) // BLOCK_N
-    last = step % STAGES
-    mbarrier.wait(v_full.index(last), (step // STAGES) & 1)
-    left, right = _multiply_values(operand, v_smem, last, left, right, HALVES)
-    left, right = _finish_values(operand, left, right, HALVES)
-    _store(left, total, 0, out_ptr, first_token, first_query, query_len, kv_head, out_stride, GROUPS, HALVES, ROWS, ACC)
-    if HALVES == 2:
-        _store(
-            right,
-            total,
-            1,
-            out_ptr,
-            first_token,
-            first_query,
-            query_len,
-            kv_head,
-            out_stride,
-            GROUPS,
-            HALVES,
-            ROWS,
-            ACC,
-        )
+        for first in range(BLOCK_N, gl.load(tile + 5), BLOCK_N):
+            scores = _multiply_keys(q_smem, k_smem, k_full, step + 1, ROWS, BLOCK_N, HALVES, STAGES, GROUP, SCORES)
+            left, right = _multiply_values(operand, v_smem, v_full, step, left, right, HALVES, STAGES)
+            scores = warpgroup_mma_wait(HALVES, deps=(scores,))  # the values' products go on
+            mbarrier.arrive(k_empty.index((step + 1) % STAGES))
+            weights, decay, total, peak = _weigh(scores, total, peak, at, first, lowest, scale, BLOCK_N, SCORES)
+            left, right = _finish_values(operand, left, right, HALVES)
+            mbarrier.arrive(v_empty.index(step % STAGES))
+            shrink = gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, ACC)), 1)
+            left = left * shrink
+            right = right * shrink
+            operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
+            step += 1
+        left, right = _multiply_values(operand, v_smem, v_full, step, left, right, HALVES, STAGES)
+        following = gl.minimum(item + gl.num_programs(0), items - 1)  # its queries come while this one is finished
+        next_tile, next_head = _tile(tiles, following, items, KV_HEADS, FIELDS)
+        q_left, q_right = _load_queries(q_ptr, next_tile, next_head, q_stride, GROUPS, HALVES, ROWS, GROUP)
+        left, right = _finish_values(operand, left, right, HALVES)
+        mbarrier.arrive(v_empty.index(step % STAGES))
+        step += 1
+        _store(left, total, 0, out_ptr, tile, kv_head, out_stride, GROUPS, HALVES, ROWS, GROUP, ACC)
+        if HALVES == 2:
+            _store(right, total, 1, out_ptr, tile, kv_head, out_stride, GROUPS, HALVES, ROWS, GROUP, ACC)

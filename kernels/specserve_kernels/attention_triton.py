@@ -13,17 +13,7 @@ from torch import Tensor
 
 from specserve_kernels.attention_decode import DecodeRun, decode_attention_triton, prepare_decode
 from specserve_kernels.attention_interface import SHORT_QUERY, AttentionMetadata, AttentionShape
-from specserve_kernels.attention_prefill import prefill_attention_triton
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillRun:
-    """Long sequences first_seq … first_seq + num_seqs - 1."""
-
-    first_seq: int
-    num_seqs: int
-    max_query_len: int
-    max_context: int
+from specserve_kernels.attention_prefill_run import PrefillRun, prefill_attention, prepare_prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +38,7 @@ def prepare(meta: AttentionMetadata, shape: AttentionShape) -> PreparedTriton:
         if short:
             runs.append(prepare_decode(meta, shape, first, last - first))
         else:
-            bounds = max(meta.query_lens[first:last]), max(meta.context_bounds[first:last])
-            runs.append(PrefillRun(first, last - first, *bounds))
+            runs.append(prepare_prefill(meta, shape, first, last - first))
         first = last
     return PreparedTriton(meta, tuple(runs))
 
@@ -57,15 +46,10 @@ def prepare(meta: AttentionMetadata, shape: AttentionShape) -> PreparedTriton:
 def attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, prepared: PreparedTriton, scale: float, window: int | None
 ) -> Tensor:
-    meta = prepared.meta
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for run in prepared.runs:
         if isinstance(run, DecodeRun):
             decode_attention_triton(q, k_cache, v_cache, run, out, scale, window)
         else:
-            prefill_attention_triton(
-                q, k_cache, v_cache, meta.block_tables, meta.rows, meta.query_start, meta.positions, out,
-                first_seq=run.first_seq, num_seqs=run.num_seqs, max_query_len=run.max_query_len,
-                max_context=run.max_context, block_size=meta.block_size, scale=scale, window=window,
-            )  # fmt: skip
+            prefill_attention(q, k_cache, v_cache, run, out, scale, window)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from specserve_kernels import attention_prefill_hopper
 from specserve_kernels.attention_prefill import Tile, prefill_attention_triton
+from specserve_kernels.attention_prefill_tiles import list_tiles
 from specserve_kernels.tolerances import OP
 
 
@@ -38,8 +40,6 @@ CASES = {
     "window": Case(((45, 30),), window=9, tile=SMALL),
     "window of one": Case(((3, 20),), window=1, tile=SMALL),
     "wide window": Case(((20, 25), (0, 12)), window=33, tile=SMALL),
-    "one loop": Case(((20, 25), (0, 12)), tile=Tile(16, 16, 4, 1, split=False)),
-    "one loop, window": Case(((20, 25), (0, 12)), window=10, tile=Tile(16, 16, 4, 1, split=False)),
     "pages of 5": Case(((13, 22), (0, 9)), block_size=5, tile=SMALL),
     "groups of 1": Case(((7, 19),), heads=2, kv_heads=2, tile=SMALL),
     "groups of 3": Case(((7, 19), (0, 6)), heads=6, kv_heads=2, tile=SMALL),
@@ -60,7 +60,6 @@ HOPPER_CASES = {
     ),
     "head_dim 64": Case(((500, 100), (0, 300)), dtype=torch.bfloat16, heads=14, kv_heads=2),
     "pages of 256": Case(((0, 700),), dtype=torch.float16, head_dim=128, block_size=256),
-    "window": Case(((400, 300), (0, 90)), dtype=torch.bfloat16, head_dim=128, window=150),
 }
 
 
@@ -69,11 +68,41 @@ def test_prefill_attention(case: Case, device: torch.device) -> None:
     _check(case, device, partial(prefill_attention_triton, tile=case.tile))
 
 
+@pytest.mark.parametrize("programs", [2, 3, None])
 @pytest.mark.parametrize("case", HOPPER_CASES.values(), ids=HOPPER_CASES.keys())
-def test_on_hopper(case: Case, device: torch.device) -> None:
+def test_on_hopper(case: Case, programs: int | None, device: torch.device) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("needs a Hopper GPU: Gluon is not interpreted")
-    _check(case, device, attention_prefill_hopper.prefill_attention_hopper)
+
+    def attention(q, k_cache, v_cache, tables, rows, query_start, positions, out, *, first_seq, num_seqs, **rest):  # type: ignore[no-untyped-def]
+        lens = query_start[first_seq : first_seq + num_seqs + 1].diff().tolist()
+        tile_q = attention_prefill_hopper.tile_queries(case.heads // case.kv_heads)
+        tiles = list_tiles(query_start, rows, positions, tuple(lens), first_seq, tile_q)
+        attention_prefill_hopper.prefill_attention_hopper(
+            q, k_cache, v_cache, tables, tiles, out,
+            block_size=rest["block_size"], scale=rest["scale"], programs=programs,
+        )  # fmt: skip
+
+    _check(case, device, attention)
+
+
+@pytest.mark.parametrize("tile_q", [1, 7, 32])
+def test_listed_tiles(tile_q: int, device: torch.device) -> None:
+    sequences = ((0, 40), (5, 33), (100, 1), (3, 70), (0, 7))  # the first one is of another run
+    lens = [count for _, count in sequences]
+    starts = [0, *itertools.accumulate(lens)]
+    query_start = torch.tensor(starts, device=device)
+    positions = torch.cat([torch.arange(before, before + count) for before, count in sequences]).to(device)
+    rows = torch.tensor([4, 9, 2, 7, 0], device=device)
+    tiles = list_tiles(query_start, rows, positions, tuple(lens[1:]), 1, tile_q)[:, :6].tolist()
+    expected = [
+        [starts[i], first, count, before, rows[i].item(), before + min(first + tile_q, count)]
+        for i, (before, count) in enumerate(sequences)
+        if i > 0
+        for first in range(0, count, tile_q)
+    ]
+    assert sorted(tiles) == sorted(expected)
+    assert [tile[5] for tile in tiles] == sorted((tile[5] for tile in tiles), reverse=True)
 
 
 def _check(case: Case, device: torch.device, attention: Callable[..., None]) -> None:

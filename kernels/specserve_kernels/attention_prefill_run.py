@@ -1,0 +1,70 @@
+"""Which kernel computes the prefill attention, and what it is told once for all layers of a forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from specserve_kernels import attention_prefill_hopper
+from specserve_kernels.attention_interface import AttentionMetadata, AttentionShape
+from specserve_kernels.attention_plan import multiprocessors
+from specserve_kernels.attention_prefill import prefill_attention_triton
+from specserve_kernels.attention_prefill_tiles import list_tiles
+
+_STAY = 4096
+"""Keys up to which programs of attention_prefill_hopper stay for several tiles: their starts would take longer than the
+tiles. With more keys it matters that the GPU gives the next tile to the program that is free first."""
+
+
+@dataclass(slots=True)
+class HopperRun:
+    """What the first layer leaves to the others: the tiles, and the kernel that was found for them."""
+
+    tiles: Tensor | None = None
+    compiled: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRun:
+    """Sequences first_seq … first_seq + num_seqs - 1 of one forward; shared by its layers."""
+
+    meta: AttentionMetadata
+    first_seq: int
+    num_seqs: int
+    max_query_len: int
+    max_context: int
+    hopper: HopperRun | None  # where attention_prefill_hopper can run
+
+
+def prepare_prefill(meta: AttentionMetadata, shape: AttentionShape, first_seq: int, num_seqs: int) -> PrefillRun:
+    """Compute what the host must know of the run."""
+    chosen = slice(first_seq, first_seq + num_seqs)
+    bounds = max(meta.query_lens[chosen]), max(meta.context_bounds[chosen])
+    hopper = HopperRun() if attention_prefill_hopper.takes(shape, meta.block_size, meta.positions.device) else None
+    return PrefillRun(meta, first_seq, num_seqs, *bounds, hopper)
+
+
+def prefill_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, run: PrefillRun, out: Tensor, scale: float, window: int | None
+) -> None:
+    """Write the attention of the run's tokens into `out` [T, heads, head_dim]; q of the same shape."""
+    meta, hopper = run.meta, run.hopper
+    hides = window is not None and run.max_context > window
+    if hopper is not None and not hides and k_cache.is_contiguous() and v_cache.is_contiguous():
+        if hopper.tiles is None:
+            lens = meta.query_lens[run.first_seq : run.first_seq + run.num_seqs]
+            tile_queries = attention_prefill_hopper.tile_queries(q.shape[1] // k_cache.shape[1])
+            hopper.tiles = list_tiles(meta.query_start, meta.rows, meta.positions, lens, run.first_seq, tile_queries)
+        programs = multiprocessors(q.device) if run.max_context <= _STAY else None
+        hopper.compiled = attention_prefill_hopper.prefill_attention_hopper(
+            q, k_cache, v_cache, meta.block_tables, hopper.tiles, out,
+            block_size=meta.block_size, scale=scale, programs=programs, compiled=hopper.compiled,
+        )  # fmt: skip
+        return
+    prefill_attention_triton(
+        q, k_cache, v_cache, meta.block_tables, meta.rows, meta.query_start, meta.positions, out,
+        first_seq=run.first_seq, num_seqs=run.num_seqs, max_query_len=run.max_query_len, max_context=run.max_context,
+        block_size=meta.block_size, scale=scale, window=window if hides else None,
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""Which queries a program of the prefill attention takes: sequences are cut into tiles of TILE_Q queries.
+
+The kernels find a tile's sequence on the device. attention_prefill_hopper reads tiles from a list, made once for all
+layers of a forward: the longest first, because programs that take several tiles must be done together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.language import tl, triton
+
+SEQS = 64  # query starts looked at together while a program finds its sequence
+FIELDS = 8  # first token, first query of the tile, queries of the sequence, its keys before them, row of the block
+# tables, keys that the tile sees (0: a tile too many); 32 bytes
+
+
+@triton.jit
+def locate(query_start, first_seq, num_seqs, tile, TILE_Q: tl.constexpr, SEQS: tl.constexpr):
+    """Sequence of the flat `tile` and the tile's place in it.
+
+    Sequence first_seq + i gets the tiles from (its first token) // TILE_Q + i on: never too few, at most one too many.
+    """
+    origin = tl.load(query_start + first_seq)
+    count = 0
+    for start in range(0, num_seqs, SEQS):
+        i = start + tl.arange(0, SEQS)
+        first = tl.load(query_start + first_seq + i, mask=i < num_seqs, other=0) - origin
+        count += tl.sum(((first // TILE_Q + i <= tile) & (i < num_seqs)).to(tl.int32))
+    seq = first_seq + count - 1
+    first = tl.load(query_start + seq)
+    return seq, first, tile - ((first - origin) // TILE_Q).to(tl.int32) - (count - 1)
+
+
+@triton.jit(
+    do_not_specialize=["first_seq", "num_seqs"],
+    do_not_specialize_on_alignment=["rows", "query_start", "positions"],
+)
+def _tiles_kernel(
+    query_start,
+    rows,
+    positions,
+    tiles,
+    keys_ptr,
+    first_seq,
+    num_seqs,
+    TILE_Q: tl.constexpr,
+    SEQS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    flat = tl.program_id(0)
+    seq, first_token, tile = locate(query_start, first_seq, num_seqs, flat, TILE_Q, SEQS)
+    query_len = (tl.load(query_start + seq + 1) - first_token).to(tl.int32)
+    base = tl.load(positions + first_token).to(tl.int32)
+    first_query = tile * TILE_Q
+    keys = tl.where(first_query < query_len, base + tl.minimum(first_query + TILE_Q, query_len), 0)
+    place = tiles + flat * FIELDS
+    tl.store(place, first_token.to(tl.int32))
+    tl.store(place + 1, first_query)
+    tl.store(place + 2, query_len)
+    tl.store(place + 3, base)
+    tl.store(place + 4, tl.load(rows + seq).to(tl.int32))
+    tl.store(place + 5, keys)
+    tl.store(keys_ptr + flat, keys)
+
+
+def list_tiles(
+    query_start: Tensor, rows: Tensor, positions: Tensor, query_lens: tuple[int, ...], first_seq: int, tile_q: int
+) -> Tensor:
+    """Tiles of the sequences first_seq …, which have `query_lens` queries: [tiles, FIELDS] int32, most keys first."""
+    candidates = triton.cdiv(sum(query_lens), tile_q) + len(query_lens) - 1
+    tiles = torch.empty(candidates, FIELDS, dtype=torch.int32, device=rows.device)
+    keys = torch.empty(candidates, dtype=torch.int32, device=rows.device)
+    _tiles_kernel[(candidates,)](
+        query_start, rows, positions, tiles, keys, first_seq, len(query_lens),
+        TILE_Q=tile_q, SEQS=SEQS, FIELDS=FIELDS, num_warps=1,
+    )  # fmt: skip
+    count = sum(triton.cdiv(length, tile_q) for length in query_lens)
+    return tiles[keys.argsort(descending=True)[:count]]
