@@ -13,7 +13,7 @@ from specserve_kernels.language import tl, triton
 
 SEQS = 64  # query starts looked at together while a program finds its sequence
 FIELDS = 8  # first token, first query of the tile, queries of the sequence, its keys before them, row of the block
-# tables, keys that the tile sees (0: a tile too many); 32 bytes
+# tables, keys that the tile sees; 32 bytes
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _tiles_kernel(
     tl.store(place + 2, query_len)
     tl.store(place + 3, base)
     tl.store(place + 4, tl.load(rows + seq).to(tl.int32))
-    tl.store(place + 5, keys)
+    tl.store(place + 5, tl.maximum(keys, 1))  # who copies keys and who waits for them must agree, whatever the tile
     tl.store(keys_ptr + flat, keys)
 
 
