@@ -19,77 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specserve_kernels.attention_combine import COMBINED, combine
+from specserve_kernels.attention_combine import AHEAD, COMBINED, combine
 from specserve_kernels.attention_interface import AttentionMetadata, AttentionShape
+from specserve_kernels.attention_part import attend, locate, prefetch
 from specserve_kernels.attention_plan import FIELDS, multiprocessors, plan_triton, schedule
 from specserve_kernels.language import tl, triton
 from specserve_kernels.overlap import overlaps, wait
-
-
-@triton.jit
-def _prefetch(
-    cache, table, first, end, slot_stride, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr
-):
-    """Ask for KEYS rows of the cache from key `first` on, so that they are in the second-level cache when needed."""
-    LINE: tl.constexpr = 128 // (cache.dtype.element_ty.primitive_bitwidth // 8)
-    keys = tl.minimum(first + tl.arange(0, KEYS), end - 1)
-    slots = tl.load(table + keys // BLOCK_SIZE) * BLOCK_SIZE + keys % BLOCK_SIZE
-    for line in tl.static_range(0, HEAD_DIM, LINE):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [cache + slots * slot_stride + line], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _attend(
-    q,
-    k_cache,
-    v_cache,
-    table,
-    at,
-    begin,
-    end,
-    window,
-    scale,
-    slot_stride,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WINDOWED: tl.constexpr,
-):
-    """Attention of rows q [BLOCK_M, DIM] at positions `at` over keys begin … end - 1: (sum of weighted values, sum of
-    weights, largest score); the weights are 2^(score - largest score)."""
-    dims = tl.arange(0, DIM)
-    precision: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
-    acc = tl.zeros([BLOCK_M, DIM], dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    peak = tl.full([BLOCK_M], -1e30, dtype=tl.float32)  # finite: a row may see no key of this part
-    for first in range(begin, end, BLOCK_N):
-        keys = first + tl.arange(0, BLOCK_N)
-        known = tl.minimum(keys, end - 1)
-        slots = tl.load(table + known // BLOCK_SIZE) * BLOCK_SIZE + known % BLOCK_SIZE
-        cells = slots[:, None] * slot_stride + dims[None, :]
-        if HEAD_DIM == DIM:
-            k = tl.load(k_cache + cells)
-            v = tl.load(v_cache + cells)
-        else:
-            k = tl.load(k_cache + cells, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-            v = tl.load(v_cache + cells, mask=(dims < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(q, k.T, input_precision=precision) * scale
-        visible = (keys[None, :] <= at[:, None]) & (keys[None, :] < end)
-        if WINDOWED:
-            visible &= keys[None, :] > at[:, None] - window
-        scores = tl.where(visible, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
-        decay = tl.exp2(peak - new_peak)
-        total = total * decay + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=precision)
-        peak = new_peak
-    return acc, total, peak
 
 
 @triton.jit(do_not_specialize=["window", "table_stride", "rows", "fresh"])
@@ -120,27 +55,28 @@ def _decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    TILE_PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
     FIELDS: tl.constexpr,
     WINDOWED: tl.constexpr,
-    FUSED: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head, item, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL and fresh:  # The plan is new. The next kernels start after this wait only: they do not wait for the plan.
+        tl.extra.cuda.gdc_wait()
+    # All of the record at once: loads that wait for one another cost most of a short part's time, and the compiler
+    # would move plain ones behind the branch.
     record = items + item * FIELDS
-    if fresh:  # the plan is the work of the kernel just before this one
-        wait(PDL)
-    end = tl.load(record + 4)
+    first_token = tl.load(record, volatile=True).to(tl.int64)
+    num_queries = tl.load(record + 1, volatile=True)
+    table_row = tl.load(record + 2, volatile=True)
+    begin = tl.load(record + 3, volatile=True)
+    end = tl.load(record + 4, volatile=True)
+    parts = tl.load(record + 5, volatile=True)
+    first_item = tl.load(record + 6, volatile=True)
     if end == 0:
         wait(PDL)
         return
-    first_token = tl.load(record).to(tl.int64)
-    num_queries = tl.load(record + 1)
-    table = block_tables + tl.load(record + 2).to(tl.int64) * table_stride
-    begin = tl.load(record + 3)
-    parts = tl.load(record + 5)
-    first_item = tl.load(record + 6)
+    table = block_tables + table_row.to(tl.int64) * table_stride
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     query = tl.minimum(row // GROUPS, num_queries - 1)
     head = kv_head * GROUPS + row % GROUPS
@@ -150,43 +86,41 @@ def _decode_kernel(
     inside = real[:, None] & (dims < HEAD_DIM)[None, :]
     k_cache += kv_head * HEAD_DIM
     v_cache += kv_head * HEAD_DIM
-    # The plan, the tables and the positions are older than the kernel just before this one, which writes q and the
-    # newest keys; the older keys can come nearer meanwhile.
-    if PDL:
-        for first in range(begin, tl.minimum(end, begin + PREFETCH * BLOCK_N), BLOCK_N):
-            _prefetch(k_cache, table, first, end, slot_stride, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
-            _prefetch(v_cache, table, first, end, slot_stride, HEAD_DIM, BLOCK_SIZE, BLOCK_N)
+    first_rows = locate(table, begin, end, slot_stride, BLOCK_SIZE, BLOCK_N)
+    if PDL:  # q and the newest keys may not be written yet; the older keys can come nearer meanwhile
+        next_rows = locate(table, begin + BLOCK_N, end, slot_stride, BLOCK_SIZE, BLOCK_N)
+        prefetch(k_cache, v_cache, first_rows, HEAD_DIM)
+        prefetch(k_cache, v_cache, next_rows, HEAD_DIM)
     wait(PDL)
     places = (first_token + query) * q_stride + head * HEAD_DIM
     q = tl.load(q_ptr + places[:, None] + dims[None, :], mask=inside, other=0.0)
 
-    acc, total, peak = _attend(
-        q, k_cache, v_cache, table, at, begin, end, window, scale, slot_stride,
+    acc, total, peak = attend(
+        q, k_cache, v_cache, table, first_rows, at, begin, end, window, scale, slot_stride,
         HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, WINDOWED,
     )  # fmt: skip
 
     out_ptr += first_token * out_stride
     if parts == 1:
         target = query.to(tl.int64) * out_stride + head * HEAD_DIM
-        whole = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        whole = (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + target[:, None] + dims[None, :], whole, mask=inside)
     else:
         cell = (item * KV_HEADS + kv_head).to(tl.int64) * rows + row
-        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        result = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
         tl.store(partial + cell[:, None] * HEAD_DIM + dims[None, :], result, mask=inside)
         tl.store(lse + cell, peak + tl.log2(total), mask=real)
-        if FUSED:
-            counter = counters + (first_item * KV_HEADS + kv_head) * tl.num_programs(2) + row_block
-            tl.debug_barrier()  # all threads' parts are written before one of them says so
-            if tl.atomic_add(counter, 1) == parts - 1:
-                tl.store(counter, 0)  # ready for the next layer
-                first_row = row_block * BLOCK_M
-                num_rows = num_queries * GROUPS
-                for start in range(first_row, tl.minimum(first_row + BLOCK_M, num_rows), TILE_ROWS):
-                    combine(
-                        partial, lse, out_ptr, parts, first_item, num_rows, kv_head, start, rows, out_stride,
-                        KV_HEADS, GROUPS, HEAD_DIM, DIM, TILE_ROWS, TILE_PARTS,
-                    )  # fmt: skip
+        counter = counters + (first_item * KV_HEADS + kv_head) * tl.num_programs(2) + row_block
+        tl.debug_barrier()  # all threads' parts are written before one of them says so
+        if tl.atomic_add(counter, 1) == parts - 1:
+            tl.store(counter, 0)  # ready for the next layer
+            first_row = row_block * BLOCK_M
+            num_rows = num_queries * GROUPS
+            for start in range(first_row, tl.minimum(first_row + BLOCK_M, num_rows), TILE_ROWS):
+                combine(
+                    partial, lse, out_ptr, parts, first_item, num_rows, kv_head, start, rows, out_stride,
+                    KV_HEADS, GROUPS, HEAD_DIM, DIM, TILE_ROWS, AHEAD,
+                )  # fmt: skip
 
 
 class Tile(NamedTuple):
@@ -203,11 +137,11 @@ def choose_tile(dtype: torch.dtype, dim: int, rows: int) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 4 if dim <= 128 else 8, 3, 2)
     if dim > 128:
-        return Tile(32, 8, 5, 2)
+        return Tile(32, 8, 3, 2)
     keys = 64 if dim > 64 else 128
     if rows > 32:
-        return Tile(keys // 2, 4, 5, 2)
-    return Tile(keys, 4, 5, 3 if rows <= 16 else 2)
+        return Tile(keys // 2, 4, 4, 2)
+    return Tile(keys, 4, 3, 3 if rows <= 16 else 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +154,7 @@ class DecodeRun:
     rows: int  # the most queries of a sequence, times groups
     block_m: int
     tile: Tile
-    wave: int
+    shortest: int  # keys of a part
     counters: Tensor  # [capacity, kv_heads * row blocks] int32, all 0 between two launches
     partial: Tensor
     lse: Tensor
@@ -238,11 +172,11 @@ def prepare_decode(
     tile = tile or choose_tile(shape.dtype, dim, rows)
     block_m = min(16 if shape.dtype == torch.float32 else 64, max(16, triton.next_power_of_2(rows)))
     max_tiles = sum(triton.cdiv(bound, tile.block_n) for bound in meta.context_bounds[chosen])
-    capacity, wave = schedule(num_seqs, shape.kv_heads, max_tiles, multiprocessors(device) * tile.resident)
+    capacity, shortest = schedule(num_seqs, shape.kv_heads, max_tiles, multiprocessors(device) * tile.resident)
     counters = torch.empty(capacity, shape.kv_heads * triton.cdiv(rows, block_m), dtype=torch.int32, device=device)
     lse = torch.empty(capacity, shape.kv_heads, rows, dtype=torch.float32, device=device)
     partial = torch.empty(*lse.shape, shape.head_dim, dtype=torch.float32, device=device)
-    return DecodeRun(meta, first_seq, num_seqs, rows, block_m, tile, wave, counters, partial, lse)
+    return DecodeRun(meta, first_seq, num_seqs, rows, block_m, tile, shortest, counters, partial, lse)
 
 
 def decode_attention_triton(
@@ -258,7 +192,7 @@ def decode_attention_triton(
     if fresh:
         run.plans[window] = plan_triton(
             meta, run.counters, first_seq=run.first_seq, num_seqs=run.num_seqs, window=window, tile=tile.block_n,
-            wave=run.wave,
+            shortest=run.shortest,
         )  # fmt: skip
     items = run.plans[window]
     dim = max(16, triton.next_power_of_2(head_dim))
@@ -269,7 +203,6 @@ def decode_attention_triton(
         window or 0, scale * math.log2(math.e), q.stride(0), out.stride(0), k_cache.stride(0),
         meta.block_tables.stride(0), run.rows, int(fresh),
         KV_HEADS=kv_heads, GROUPS=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=meta.block_size,
-        BLOCK_M=run.block_m, BLOCK_N=tile.block_n, TILE_ROWS=tile_rows,
-        TILE_PARTS=max(1, COMBINED // (tile_rows * dim)), FIELDS=FIELDS, WINDOWED=window is not None, FUSED=True,
-        PREFETCH=2, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
+        BLOCK_M=run.block_m, BLOCK_N=tile.block_n, TILE_ROWS=tile_rows, AHEAD=AHEAD, FIELDS=FIELDS,
+        WINDOWED=window is not None, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """How the keys of short sequences are divided among programs, decided on the device.
 
 A decode step must read every key once and be limited by memory alone, whether it holds one long sequence or a hundred
-short ones. Keys are cut into items (one part of one sequence, for all KV heads) of nearly equal length, so many that
-they fill the GPU and no more (flash-decoding, Dao et al. 2023, with the parts chosen from the true lengths). Only the
+short ones. Keys are cut into items (one part of one sequence, for all KV heads) of nearly equal length
+(flash-decoding, Dao et al. 2023, with the parts chosen from the true lengths): `SHORTEST` long, or as much longer as it
+takes to have no more items than there is room for, about as many as fill the GPU. Only the
 number of items that may exist is fixed on the host; so a captured graph suits any lengths, and programs without an
 item end at once. One plan serves all layers with the same window.
 
@@ -22,18 +23,19 @@ from specserve_kernels.language import tl, triton
 
 FIELDS = 8
 """int32 numbers an item has: 32 bytes, one sector of memory."""
-FULL_PART = 1024
-"""Keys from which a part is long enough to hide its start; longer ones are cut only to fill the GPU."""
+SHORTEST = ((16, 128), (64, 256), (None, 512))
+"""Keys below which a part is not worth its start, by at most so many sequences times KV heads: many sequences fill the
+GPU uncut, and a few must be cut although adding up their parts costs time."""
 
 
 class Schedule(NamedTuple):
-    """What the host decides: room for items, and how many of them fill the GPU once."""
+    """What the host decides: room for items, and about how many keys a part has where there is room."""
 
     capacity: int
-    wave: int
+    shortest: int
 
 
-_NUMBERS = ["first_seq", "num_seqs", "window", "capacity", "wave", "counters_each", "tile", "full"]
+_NUMBERS = ["first_seq", "num_seqs", "window", "capacity", "shortest", "counters_each", "tile"]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -47,10 +49,9 @@ def _plan_kernel(
     num_seqs,
     window,
     capacity,
-    wave,
+    shortest,
     counters_each,
     tile,
-    full,
     SEQS: tl.constexpr,
     FIELDS: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -70,18 +71,20 @@ def _plan_kernel(
         begin = tl.maximum(oldest - window + 1, 0) // tile * tile
     tiles = (end - begin + tile - 1) // tile
 
-    # The shortest part, in tiles, of which there is room for all.
-    part = 1
-    enough = tl.max(tiles)
+    # Where there is room, a sequence's parts depend on its own length alone; else on the shortest part, in tiles, of
+    # which there is room for all.
+    part = tl.maximum(shortest // tile, 1)
+    enough = tl.maximum(tl.max(tiles), part)
+    if tl.sum((tiles + part - 1) // part) <= capacity:  # as nearly always
+        enough = part
     while part < enough:
         middle = (part + enough) // 2
         if tl.sum((tiles + middle - 1) // middle) <= capacity:
             enough = middle
         else:
             part = middle + 1
-    part = tl.maximum(part, tl.minimum((tl.sum(tiles) + wave - 1) // wave, full))
 
-    parts = tl.maximum((tiles + part - 1) // part, 1)
+    parts = tl.maximum((tiles + part // 2) // part, 1)
     length = (tiles + parts - 1) // parts
     parts = tl.where(inside, (tiles + length - 1) // tl.maximum(length, 1), 0)
     first_item = tl.cumsum(parts, 0) - parts
@@ -103,11 +106,12 @@ def _plan_kernel(
 
 
 def schedule(num_seqs: int, kv_heads: int, max_tiles: int, programs: int) -> Schedule:
-    """Room for `num_seqs` sequences of at most `max_tiles` tiles in all; `programs` run on the GPU at once."""
+    """For `num_seqs` sequences of at most `max_tiles` tiles in all; `programs` run on the GPU at once."""
     wave = max(1, programs // kv_heads)
     # Few sequences are cut into exactly one wave; many need more waves anyway, and equal parts matter less.
     capacity = wave if 2 * num_seqs <= wave else num_seqs + 2 * wave
-    return Schedule(max(num_seqs, min(capacity, max_tiles)), wave)
+    shortest = next(keys for most, keys in SHORTEST if most is None or num_seqs * kv_heads <= most)
+    return Schedule(max(num_seqs, min(capacity, max_tiles)), shortest)
 
 
 @lru_cache
@@ -124,7 +128,7 @@ def plan_triton(
     num_seqs: int,
     window: int | None,
     tile: int,
-    wave: int,
+    shortest: int,
 ) -> Tensor:
     """The items of sequences first_seq … first_seq + num_seqs - 1; counters: [capacity, KV heads * …] int32."""
     capacity, each = counters.shape
@@ -132,8 +136,7 @@ def plan_triton(
     seqs = max(64, triton.next_power_of_2(num_seqs))
     _plan_kernel[(1,)](
         meta.positions, meta.query_start, meta.rows, items, counters,
-        first_seq, num_seqs, window or 0, capacity, wave,
-        each, tile, max(1, FULL_PART // tile),
+        first_seq, num_seqs, window or 0, capacity, shortest, each, tile,
         SEQS=seqs, FIELDS=FIELDS, WINDOWED=window is not None, num_warps=1 if seqs <= 64 else 4,
     )  # fmt: skip
     return items

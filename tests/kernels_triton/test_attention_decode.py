@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -137,6 +137,16 @@ def test_equal_inputs_give_equal_bits(device: torch.device) -> None:
     given = inputs(device, ((100, 3), (70, 1)))
     first, *others = given.run((None,) * 3)
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_the_bits_of_a_sequence_are_its_own(device: torch.device) -> None:
+    """Other lengths beside it, in a batch of as many, change nothing (where there is room for all parts)."""
+    given = inputs(device, ((300, 1), (200, 1), (40, 1), (40, 1)))
+    positions = given.meta.positions.clone()
+    positions[1:3] = torch.tensor([20, 5], device=device)
+    other = replace(given, meta=replace(given.meta, positions=positions))
+    (out,), (beside,) = given.run(), other.run()
+    assert torch.equal(out[0], beside[0]) and not torch.equal(out[1], beside[1])
 
 
 @pytest.mark.parametrize("lens", [ONE_LONG, UNEQUAL, ((500, 1),) * 3 + ((7, 2),) * 9])
