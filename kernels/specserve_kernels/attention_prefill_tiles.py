@@ -12,8 +12,9 @@ from torch import Tensor
 from specserve_kernels.language import tl, triton
 
 SEQS = 64  # query starts looked at together while a program finds its sequence
-FIELDS = 8  # first token, first query of the tile, queries of the sequence, its keys before them, row of the block
-# tables, keys that the tile sees; 32 bytes
+FIELDS = 8
+"""int32 numbers a tile has: the sequence's first token, the tile's first query, the sequence's queries, its keys before
+them, its row of the block tables, and the keys that the tile sees; two are not used, so that it is 32 bytes."""
 
 
 @triton.jit
