@@ -11,22 +11,23 @@ between two kernels. For the second, a kernel starts while its predecessor still
 and brings its part of W into the L2 cache before it waits for the predecessor, whose results are all it depends on.
 Hence the rule: W must not have been written by the kernel just before.
 
-One row is a matrix-vector product of fp32 multiplications. More rows go through the tensor cores, W as left operand:
-its rows fill the instruction, the few rows of x are the narrow side. Sums are fp32 in a fixed order: no atomics.
+One row is a matrix-vector product of fp32 multiplications; more rows go through Hopper's tensor cores (skinny_hopper),
+with the norm as a kernel of its own. Sums are fp32 in a fixed order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from specserve_kernels import skinny_hopper
 from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
-from specserve_kernels.norm import rms_norm_ref
+from specserve_kernels.norm import rms_norm, rms_norm_ref
+from specserve_kernels.overlap import overlaps
 
 
 @triton.jit
@@ -107,54 +108,6 @@ def _one_row_kernel(
     tl.store(out + index, y.to(out.dtype.element_ty), mask=index < out_dim)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _rows_kernel(
-    x, w, out, gain, eps, count, in_dim, out_dim, fetch, x_stride, out_stride,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Program p: BN rows of W times xᵀ [in, count], count <= BM. fetch: how many columns of W to ask for early."""
-    program = tl.program_id(0)
-    rows = _weight_rows(tl.arange(0, BN), program, out_dim, BN, GATED)
-    if PDL:
-        _fetch(w, program, in_dim, out_dim, 0, fetch, BN, GATED, THREADS)
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        if not EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-    columns = tl.arange(0, BK)
-    tokens = tl.arange(0, BM)
-    tile = w + rows.to(tl.int64)[:, None] * in_dim + columns[None, :]
-    slab = x + tokens[None, :] * x_stride + columns[:, None]
-    sums = tl.zeros((BN, BM), tl.float32)
-    squares = tl.zeros((BK, BM), tl.float32)
-    for start in tl.range(0, in_dim, BK):
-        inside = columns + start < in_dim
-        weight = tl.load(tile + start, mask=inside[None, :], other=0.0)
-        value = tl.load(slab + start, mask=inside[:, None] & (tokens < count)[None, :], other=0.0)
-        if NORM:
-            wide = value.to(tl.float32)
-            squares += wide * wide
-            scale = tl.load(gain + start + columns, mask=inside, other=0.0).to(tl.float32)
-            value = (wide * scale[:, None]).to(value.dtype)
-        sums = tl.dot(weight, value, sums, input_precision=PRECISION)
-    if NORM:
-        sums *= tl.rsqrt(tl.sum(squares, 0) / in_dim + tl.load(eps))[None, :]
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(sums, (BN // 2, 2, BM)), (0, 2, 1)))
-        index = program * (BN // 2) + tl.arange(0, BN // 2)
-        y = gate * tl.sigmoid(gate) * up
-    else:
-        index = program * BN + tl.arange(0, BN)
-        y = sums
-    mask = (index < out_dim)[:, None] & (tokens < count)[None, :]
-    place = out + tokens[None, :] * out_stride + index[:, None]
-    if RESIDUAL:
-        y += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(place, y.to(out.dtype.element_ty), mask=mask)
-
-
 Norm = tuple[Tensor, Tensor]
 """RMSNorm before the product: its weight [in] and its eps []."""
 
@@ -170,69 +123,67 @@ def skinny_linear_ref(x: Tensor, weight: Tensor, residual: Tensor | None, norm: 
     return silu_mul_ref(y) if gated else y
 
 
-def choose_cut(rows: int, out_dim: int) -> Cut:
-    """The cut for x [rows, in] and W [out, in]: W's shares must occupy every multiprocessor several times over."""
-    if rows == 1:
-        return {"BN": 8 if out_dim > 4096 else 4, "BK": 1024, "fetch": 0, "stages": 1, "warps": 4}
-    if out_dim <= 4096:
-        return {"BN": 16, "BK": 256, "fetch": 1024, "stages": 4, "warps": 4}
-    return {"BN": 64, "BK": 128, "fetch": 512, "stages": 4, "warps": 4}
-
-
-@lru_cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether a kernel may start before its predecessor ends: Hopper and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def choose_cut(out_dim: int) -> Cut:
+    """The cut for one row and W [out, in]: W's shares must occupy every multiprocessor several times over."""
+    return {"BN": 8 if out_dim > 4096 else 4, "BK": 1024, "fetch": 0, "stages": 1, "warps": 4}
 
 
 def skinny_linear_triton(
     x: Tensor, weight: Tensor, residual: Tensor | None, norm: Norm | None, gated: bool, cut: Cut | None = None
 ) -> Tensor:
+    """x: [1, in]."""
     rows, in_dim = x.shape
+    assert rows == 1, rows
     out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, out_dim) if residual is None else residual
-    cut = choose_cut(rows, weight.shape[0]) if cut is None else cut
-    overlaps = bool(cut.get("overlap", _overlaps(x.device)))
+    cut = choose_cut(weight.shape[0]) if cut is None else cut
+    overlap = bool(cut.get("overlap", overlaps(x)))
     gain, eps = (x, x) if norm is None else norm
-    options = {
-        "BN": cut["BN"], "BK": cut["BK"], "NORM": norm is not None, "RESIDUAL": residual is not None, "GATED": gated,
-        "PDL": overlaps, "EARLY": bool(cut.get("early")), "THREADS": 32 * cut["warps"], "num_warps": cut["warps"],
-    }  # fmt: skip
-    if overlaps:
-        options["launch_pdl"] = True
-    grid = (triton.cdiv(weight.shape[0], cut["BN"]),)
-    one_row = rows == 1 and "BM" not in cut
     # Whole groups of 16 bytes, within a row.
-    fetch = max(min(cut["fetch"], in_dim - cut["BK"] if one_row else in_dim), 0) // 8 * 8
-    if one_row:
-        _one_row_kernel[grid](x, weight, out, gain, eps, in_dim, out_dim, fetch, STAGES=cut["stages"], **options)
-    else:
-        _rows_kernel[grid](
-            x, weight, out, gain, eps, rows, in_dim, out_dim, fetch, x.stride(0), out.stride(0),
-            BM=cut.get("BM", max(8, triton.next_power_of_2(rows))), num_stages=cut["stages"],
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **options,
-        )  # fmt: skip
+    fetch = max(min(cut["fetch"], in_dim - cut["BK"]), 0) // 8 * 8
+    _one_row_kernel[(triton.cdiv(weight.shape[0], cut["BN"]),)](
+        x, weight, out, gain, eps, in_dim, out_dim, fetch, BN=cut["BN"], BK=cut["BK"], NORM=norm is not None,
+        RESIDUAL=residual is not None, GATED=gated, PDL=overlap, EARLY=bool(cut.get("early")),
+        THREADS=32 * cut["warps"], STAGES=cut["stages"], num_warps=cut["warps"],
+        **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
     return out
 
 
 _IMPLEMENTATIONS = {"torch": skinny_linear_ref, "triton": skinny_linear_triton}
 MAX_ROWS = 1
-"""Beyond so many rows the arithmetic counts, and the library's product is the better one."""
+"""Beyond so many rows the library's product is the better one."""
 
 
 def skinny_linear(
-    x: Tensor, weight: Tensor, *, residual: Tensor | None = None, norm: Norm | None = None, gated: bool = False
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+    gated: bool = False,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """x [rows, in] times weight [out, in] → [rows, out]; onto a residual, in place; gated: [rows, out / 2]."""
+    """x [rows, in] times weight [out, in] → [rows, out]; onto a residual, in place; gated: [rows, out / 2].
+
+    arrivals: int32 zeros, which all products on a stream may share; with it, more of the GPU works at a small W.
+    """
     assert x.shape[-1] == weight.shape[1], (x.shape, weight.shape)
     assert x.stride(-1) == 1, x.stride()
     assert weight.is_contiguous(), weight.stride()
     assert residual is None or (not gated and residual.shape == (x.shape[0], weight.shape[0])), weight.shape
     assert residual is None or residual.stride(-1) == 1, residual.stride()
-    name = backend(x, _IMPLEMENTATIONS) if x.shape[0] <= MAX_ROWS else "torch"
-    return _IMPLEMENTATIONS[name](x, weight, residual, norm, gated)
+    if not is_skinny(x):
+        return skinny_linear_ref(x, weight, residual, norm, gated)
+    if x.shape[0] == 1:
+        return skinny_linear_triton(x, weight, residual, norm, gated)
+    x = x if norm is None else rms_norm(x, *norm)
+    if not skinny_hopper.takes(x, weight):
+        return skinny_linear_ref(x, weight, residual, None, gated)
+    return skinny_hopper.skinny_linear_hopper(x, weight, residual, gated, arrivals)
 
 
 def is_skinny(x: Tensor) -> bool:
     """Whether these kernels, and not the library's, should multiply x [rows, in]."""
-    return x.shape[0] <= MAX_ROWS and backend(x, _IMPLEMENTATIONS) == "triton"
+    rows = x.shape[0]
+    return rows <= MAX_ROWS and backend(x, _IMPLEMENTATIONS) == "triton" and (rows == 1 or skinny_hopper.suits(x))

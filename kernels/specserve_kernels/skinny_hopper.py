@@ -1,0 +1,133 @@
+"""Products of 2 to 64 rows for Hopper: y = x Wᵀ at the speed at which W is read. Variants and shapes as in skinny.
+
+A program takes ROWS rows of W (gated: as many of Wg and of Wu) and one of SPLITS parts of `in`. One warp copies tiles
+of W and x into a ring of STAGES stages in shared memory with the tensor memory accelerator, four warps multiply them:
+W is the left operand, whose rows fill the instruction, xᵀ the narrow one. The copying warp fills the ring with W before
+it waits for the kernels before, on which only x depends (see overlap): so W is read through the end of one kernel and
+the start of the next. That asks for two programs on a multiprocessor, so the ring takes less than half of its memory.
+
+With parts, each stores its fp32 sums in a workspace [SPLITS, rows, out]; the one to arrive last adds them in the order
+of the parts, so that the result does not depend on who was last, and sets its counter of arrivals back to 0. Written in
+Gluon because Triton cannot load W before the wait and x after it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.language import triton
+from specserve_kernels.overlap import overlaps
+from specserve_kernels.skinny_hopper_parts import consume, produce
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:  # importing works everywhere, launching only where there is Triton
+    gluon = gl = fence_async_shared = mbarrier = TensorDescriptor = triton
+
+_TILE = gl.NVMMASharedLayout(128, 16, rank=2)
+_WIDTH = 64  # columns of a tile: 128 bytes, the widest swizzle
+_MEMORY = 111 * 1024  # of a program: two are on a multiprocessor
+
+
+@gluon.jit(do_not_specialize=["count", "steps"])
+def _skinny_kernel(
+    w_desc, x_desc, out, workspace, arrivals, count, out_dim, steps, out_stride,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """Program p: part p % SPLITS of tile p // SPLITS. steps: stages along `in` of a part; DEPTH tiles in a stage."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    dtype: gl.constexpr = out.dtype.element_ty
+    MATRICES: gl.constexpr = 2 if GATED else 1
+    w_smem = gl.allocate_shared_memory(dtype, [STAGES * DEPTH * MATRICES, ROWS, 64], layout)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES * DEPTH, TOKENS, 64], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (consume, (out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
+                       ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL, EARLY)),
+            (produce, (w_desc, x_desc, w_smem, x_smem, full, empty, out_dim, steps,
+                       ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL, EARLY)),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
+
+
+def _tokens(rows: int) -> int:
+    return max(8, 1 << (rows - 1).bit_length())
+
+
+def _registers(sums: int, splits: int) -> int:
+    """Of each of the 256 threads: few, for several programs and the next kernel's to share a multiprocessor."""
+    return 80 if sums < 4096 or (sums == 4096 and splits < 4) else 128
+
+
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def suits(x: Tensor) -> bool:
+    """Whether this kernel is for such x: on Hopper, of 16 bits."""
+    return x.is_cuda and x.shape[0] <= 64 and x.dtype in (torch.bfloat16, torch.float16) and _is_hopper(x.device)
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether this kernel can multiply these: `suits`, and laid out as the copies need it."""
+    aligned = weight.shape[1] % 8 == x.stride(0) % 8 == 0 and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    return suits(x) and weight.dtype == x.dtype and aligned
+
+
+def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool) -> dict[str, int]:
+    """Rows of W in a tile (of each matrix), tiles and stages of the ring, parts along `in`: enough programs to occupy
+    every multiprocessor, two on each."""
+    depth, matrices, tokens, splits = (1, 2, _tokens(rows), 1) if gated else (2, 1, _tokens(rows), 1)
+    while not gated and splits < 4 and out_dim // 64 * splits < 128 and in_dim >= 1024 * splits:
+        splits *= 2
+    stages = (_MEMORY - 64 * tokens * 4) // (depth * (64 * matrices + tokens) * 128)
+    return {"ROWS": 64, "DEPTH": depth, "STAGES": stages, "SPLITS": splits}
+
+
+def skinny_linear_hopper(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    arrivals: Tensor | None = None,
+    cut: dict[str, int] | None = None,
+) -> Tensor:
+    """x Wᵀ where `takes` allows it. arrivals: int32 zeros, one a tile of W or more, of which kernels on one stream may
+    share one tensor; without it `in` is not parted."""
+    rows, in_dim = x.shape
+    out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = x.new_empty(rows, out_dim) if residual is None else residual
+    cut = choose_cut(rows, out_dim, in_dim, gated) if cut is None else cut
+    splits = 1 if arrivals is None else cut["SPLITS"]
+    tiles = triton.cdiv(out_dim, cut["ROWS"])
+    assert arrivals is None or arrivals.numel() >= tiles, (arrivals.shape, tiles)
+    workspace = out if splits == 1 else x.new_empty(splits, rows, out_dim, dtype=torch.float32)
+    tokens = _tokens(rows)
+    w_desc = TensorDescriptor(weight, list(weight.shape), [in_dim, 1], [cut["ROWS"], _WIDTH], _TILE)
+    x_desc = TensorDescriptor(x, [rows, in_dim], [x.stride(0), 1], [tokens, _WIDTH], _TILE)
+    steps = triton.cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits)
+    overlap = bool(cut.get("overlap", overlaps(x)))
+    options = {"launch_pdl": True} if overlap else {}  # others than NVIDIA's do not know it
+    _skinny_kernel[(tiles * splits,)](
+        w_desc, x_desc, out, workspace, out if arrivals is None else arrivals, rows, out_dim, steps, out.stride(0),
+        ROWS=cut["ROWS"], TOKENS=tokens, DEPTH=cut["DEPTH"], STAGES=cut["STAGES"], SPLITS=splits, GATED=gated,
+        RESIDUAL=residual is not None, PDL=overlap, EARLY=bool(cut.get("early", True)), num_warps=4,
+        maxnreg=_registers(cut["ROWS"] * tokens * (2 if gated else 1), splits), **options,
+    )  # fmt: skip
+    return out

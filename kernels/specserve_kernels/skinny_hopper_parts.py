@@ -1,0 +1,134 @@
+"""What the warps of skinny_hopper do: one warp copies tiles of W and x, four warps multiply and store.
+
+A stage of the ring holds DEPTH tiles along `in`: of W [ROWS, 64] (gated: of Wg, then of Wu) and of x [TOKENS, 64]. Its
+barrier `full` counts the bytes that came, `empty` says that they were used.
+"""
+
+from __future__ import annotations
+
+from specserve_kernels.language import tl, triton
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+except ImportError:  # importing works everywhere, launching only where there is Triton
+    gluon = gl = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = triton
+
+
+@gluon.jit
+def _copy_w(w_desc, w_smem, bar, row, column, stage, out_dim, DEPTH: gl.constexpr, GATED: gl.constexpr):
+    MATRICES: gl.constexpr = 2 if GATED else 1
+    for i in gl.static_range(DEPTH):
+        place = (stage * DEPTH + i) * MATRICES
+        tma.async_copy_global_to_shared(w_desc, [row, column + i * 64], bar, w_smem.index(place))
+        if GATED:
+            tma.async_copy_global_to_shared(w_desc, [out_dim + row, column + i * 64], bar, w_smem.index(place + 1))
+
+
+@gluon.jit
+def _copy_x(x_desc, x_smem, bar, column, stage, DEPTH: gl.constexpr):
+    for i in gl.static_range(DEPTH):
+        tma.async_copy_global_to_shared(x_desc, [0, column + i * 64], bar, x_smem.index(stage * DEPTH + i))
+
+
+@gluon.jit
+def produce(w_desc, x_desc, w_smem, x_smem, full, empty, out_dim, steps,
+            ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+            SPLITS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """The copying warp. Columns of x and W beyond the end arrive as zeros."""
+    bytes: gl.constexpr = DEPTH * ((2 if GATED else 1) * ROWS + TOKENS) * 128
+    row = gl.program_id(0) // SPLITS * ROWS
+    column = gl.program_id(0) % SPLITS * steps * (64 * DEPTH)
+    filled = gl.minimum(steps, STAGES)
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    for step in range(filled):
+        bar = full.index(step)
+        mbarrier.expect(bar, bytes)
+        _copy_w(w_desc, w_smem, bar, row, column + step * (64 * DEPTH), step, out_dim, DEPTH, GATED)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for step in range(filled):
+        _copy_x(x_desc, x_smem, full.index(step), column + step * (64 * DEPTH), step, DEPTH)
+    for step in range(filled, steps):
+        stage = step % STAGES
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(bar, bytes)
+        _copy_w(w_desc, w_smem, bar, row, column + step * (64 * DEPTH), stage, out_dim, DEPTH, GATED)
+        _copy_x(x_desc, x_smem, bar, column + step * (64 * DEPTH), stage, DEPTH)
+
+
+@gluon.jit
+def _multiply(w_smem, x_smem, step, first, second, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+              GATED: gl.constexpr):  # fmt: skip
+    """Start the products of one stage."""
+    MATRICES: gl.constexpr = 2 if GATED else 1
+    stage = step % STAGES
+    for i in gl.static_range(DEPTH):
+        place = stage * DEPTH + i
+        x = x_smem.index(place).permute((1, 0))
+        first = warpgroup_mma(w_smem.index(place * MATRICES), x, first, is_async=True)
+        second = warpgroup_mma(w_smem.index(place * MATRICES + 1), x, second, is_async=True) if GATED else first
+    return first, second
+
+
+@gluon.jit
+def _add_parts(y, workspace, arrival, inside, place, size, SPLITS: gl.constexpr):
+    """Store this part's sums. The last to arrive: all parts' sum, and True."""
+    gl.store(workspace + gl.program_id(0) % SPLITS * size + place, y, mask=inside)
+    gl.thread_barrier()
+    last = gl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        # Others wrote these: past the first-level cache.
+        y = gl.load(workspace + place, mask=inside, other=0.0, cache_modifier=".cg")
+        for i in gl.static_range(1, SPLITS):
+            y += gl.load(workspace + i * size + place, mask=inside, other=0.0, cache_modifier=".cg")
+        gl.atomic_xchg(arrival, 0, sem="relaxed", scope="gpu")
+    return y, last
+
+
+@gluon.jit
+def consume(out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
+            ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+            GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """The computing warps: sums [ROWS, TOKENS] of W xᵀ, then what follows on them."""
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    # A thread stores 4 neighbours of one row of y, 16 threads 128 bytes.
+    STORED: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
+    first = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
+    second = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
+    mbarrier.wait(full.index(0), 0)
+    first, second = _multiply(w_smem, x_smem, 0, first, second, DEPTH, STAGES, GATED)
+    for step in range(1, steps):
+        mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+        if GATED:
+            one, two = warpgroup_mma_wait(0, deps=(first, second))
+        else:
+            one = warpgroup_mma_wait(0, deps=(first,))
+            two = one
+        mbarrier.arrive(empty.index((step - 1) % STAGES))
+        first, second = _multiply(w_smem, x_smem, step, one, two, DEPTH, STAGES, GATED)
+    if GATED:
+        first, second = warpgroup_mma_wait(0, deps=(first, second))
+        y = first / (1.0 + gl.exp(-first)) * second
+    else:
+        y = warpgroup_mma_wait(0, deps=(first,))
+    y = gl.convert_layout(y, STORED)
+    tile = gl.program_id(0) // SPLITS
+    n = gl.expand_dims(tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORED)), 1)
+    token = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, STORED)), 0)
+    inside = (n < out_dim) & (token < count)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+    stores = True
+    if SPLITS > 1:
+        y, stores = _add_parts(y, workspace, arrivals + tile, inside, token * out_dim + n, count * out_dim, SPLITS)
+    if stores:
+        place = out + token * out_stride + n
+        if RESIDUAL:
+            y += gl.load(place, mask=inside, other=0.0).to(gl.float32)
+        gl.store(place, y.to(out.dtype.element_ty), mask=inside)
