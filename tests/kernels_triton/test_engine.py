@@ -1,0 +1,131 @@
+"""The whole engine through Triton kernels says what it says through the references, in float32, token for token.
+
+This holds what tests of single kernels cannot: that they are handed the right tensors, strides and metadata. Where
+there is no GPU the kernels are interpreted and a graph is its work done again; so texts are short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace as with_fields
+from torch import Tensor
+
+from lawbook.cases import Case
+from lawbook.engines import open_engine, run
+from lawbook.mixes import Ask, Lora, asks, prompt, speculating
+from lawbook.zoo import Zoo, build_zoo
+from specserve.core.messages import LoraRef
+from specserve.llm import LLM, Output
+from specserve.runtime import graphs
+from specserve_kernels import dispatch, lora_load
+from specserve_kernels.tolerances import MODEL
+
+NUM_NEW = 2
+MAX_NUM_SEQS = 4
+LOADED = ("a0", "a3")
+MIXED: tuple[Lora, ...] = ((), (LoraRef("a0"),), (LoraRef("a3", 0.5), LoraRef("a0", -1.0)))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Requests as `lengths` of prompts with `loras`, k = 0 and then `drafts` a step of the case's proposer.
+
+    `budget`: tokens a step; `graphs`: whether decode steps are captured where there is no GPU (there is no choice on
+    one). Later rounds find the prompts of the first in the prefix cache.
+    """
+
+    case: Case
+    lengths: tuple[int, ...]
+    loras: tuple[Lora, ...] = ((),)
+    drafts: tuple[int, ...] = (0, 2)
+    budget: int | None = None
+    graphs: bool = False
+
+    def batch(self, num_drafts: int) -> list[Ask]:
+        """Every request with the processors of its place, and log-probabilities."""
+        drawn = asks(self.case.mix, sampled=self.case.sampled)[1 : 1 + len(self.lengths)]
+        batch = [
+            replace(
+                ask,
+                prompt=prompt(index, length),
+                lora=self.loras[index % len(self.loras)],
+                params=with_fields(ask.params, max_tokens=NUM_NEW + index, logprobs=2),
+            )
+            for index, (ask, length) in enumerate(zip(drawn, self.lengths, strict=True))
+        ]
+        return speculating(batch, self.case, num_drafts) if num_drafts else batch
+
+
+SCENARIOS = {
+    "adapters": Scenario(Case("llama", "near_draft", "greedy-rejection", 2, "base"), (18, 5), MIXED[1:], drafts=(2,)),
+    "window": Scenario(Case("mistral", "random", "sampled-coupled", 2, "base"), (41, 1), budget=19, drafts=(2, 0)),
+    "bias": Scenario(Case("qwen2", "near_draft", "sampled-rejection", 2, "base"), (3, 17), MIXED[1:2], drafts=(2,)),
+    "graphs": Scenario(
+        Case("qwen3", "near_draft", "greedy-coupled", 2, "base"), (2, 3, 8), MIXED, drafts=(0,), graphs=True
+    ),
+}
+
+
+class Again:
+    """What a CUDA graph does, on a CPU: the same work on the same memory."""
+
+    def __init__(self, work: Callable[[], Tensor], pool: object) -> None:
+        self.replay = work
+
+
+@pytest.fixture
+def interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """To be called once the reference has spoken: from then on Triton takes what lies on a CPU, if that is where its
+    kernels are tested."""
+
+    def begin() -> None:
+        if device.type == "cpu":
+            monkeypatch.setattr(dispatch, "TRITON_DEVICES", frozenset({"cpu"}))
+            monkeypatch.setattr(lora_load, "_PROGRAMS", 1)  # each costs the interpreter milliseconds
+            monkeypatch.setattr(graphs, "Graph", Again)
+            monkeypatch.setattr(graphs, "capturing", nullcontext)
+            monkeypatch.setattr(graphs, "reserved_memory", lambda device: 0)
+
+    yield begin
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_triton_is_the_reference(
+    name: str, device: torch.device, interpreted: Callable[[], None], tmp_path: Path
+) -> None:
+    scenario = SCENARIOS[name]
+    zoo = build_zoo(scenario.case.family, tmp_path)
+    wanted = _answers(_engine(zoo, scenario, "cpu"), scenario)
+    interpreted()
+    llm = _engine(zoo, scenario, device.type)
+    if scenario.graphs and device.type == "cpu":
+        llm.engine.built.runner.capture_graphs(MAX_NUM_SEQS, 64, with_adapters=True, progress=False)
+    rtol, atol = MODEL[torch.float32]
+    for ours, reference in zip(_answers(llm, scenario), wanted, strict=True):
+        assert ours.token_ids == reference.token_ids
+        assert ours.cached_tokens == reference.cached_tokens
+        values, expected = ([entry.logprob for entry in output.logprobs or ()] for output in (ours, reference))
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=rtol, atol=atol)
+
+
+def _engine(zoo: Zoo, scenario: Scenario, device: str) -> LLM:
+    draft = "near" if scenario.case.proposer == "near_draft" and any(scenario.drafts) else None
+    return open_engine(
+        zoo, draft=draft, device=device, dtype="float32", pipeline_depth=scenario.case.depth, max_num_seqs=MAX_NUM_SEQS,
+        max_model_len=64, num_blocks=40, max_num_batched_tokens=scenario.budget, max_loras=2, max_lora_rank=8,
+        max_adapters_per_request=2, loras=tuple((name, str(zoo.adapters["near"][name])) for name in LOADED),
+    )  # fmt: skip
+
+
+def _answers(llm: LLM, scenario: Scenario) -> list[Output]:
+    """Of all rounds; the engine is closed."""
+    outputs = [output for num_drafts in scenario.drafts for output in run(llm, scenario.batch(num_drafts))]
+    assert any(scenario.drafts) == any(output.speculation.drafted for output in outputs)
+    llm.close()
+    return outputs
