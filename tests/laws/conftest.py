@@ -8,9 +8,20 @@ from functools import cache
 import pytest
 
 from lawbook.cases import Case
-from lawbook.engines import Plain, case_engine
+from lawbook.engines import HERE, case_engine
+from lawbook.plain import MAX_EXCUSED, Plain
 from lawbook.zoo import Zoo, build_zoo
 from specserve.llm import LLM
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--law-device", default=HERE.device, help="where the engines of the laws compute")
+    parser.addoption("--law-dtype", default=HERE.dtype, help="in which dtype; but for float64, near ties are excused")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    HERE.device = config.getoption("law_device", HERE.device)
+    HERE.dtype = config.getoption("law_dtype", HERE.dtype)
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +32,20 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Zoo]:
 
 
 @pytest.fixture(scope="session")
-def plain(zoo: Callable[[str], Zoo]) -> Plain:
-    return Plain(zoo)
+def plain(zoo: Callable[[str], Zoo], request: pytest.FixtureRequest) -> Iterator[Plain]:
+    plain = Plain(zoo)
+    yield plain
+    if plain.compared:
+        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(f"\n{plain.compared} requests compared, {plain.excused} excused for a near tie")
+        assert plain.excused <= MAX_EXCUSED * plain.compared
+
+
+@pytest.fixture
+def exact() -> None:
+    """For a law, or the part of one, that has no meaning where the dtype rounds."""
+    if not HERE.exact:
+        pytest.skip("needs float64")
 
 
 @pytest.fixture

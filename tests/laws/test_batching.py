@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from lawbook.cases import FAMILIES, MIXES, Case, law_cases
-from lawbook.engines import Plain, open_engine, requests, run, run_steps, script_of, tokens
+from lawbook.engines import open_engine, requests, run, run_steps, script_of, tokens
 from lawbook.mixes import LORAS, asks, speculating
 from lawbook.oracles import save_merged
+from lawbook.plain import Plain
 from lawbook.zoo import ADAPTERS, Zoo
 from specserve.core.messages import LoraRef
 from specserve.llm import LLM
@@ -25,13 +26,14 @@ def test_batched_is_alone(case: Case, plain: Plain, open_case: Callable[..., LLM
     llm = open_case(case, script_of(batch, truth), max_num_seqs=4)
     arrivals = requests(speculating(batch, case))
     answers = run_steps(llm, arrivals[::-1], every=2)
-    assert [answers[request.request_id] for request in arrivals] == truth
+    ours = [answers[request.request_id] for request in arrivals]
+    assert plain.judged(case.family, batch, ours, truth) == truth
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mix", [mix for mix in MIXES if mix != "base"])
 def test_batched_is_merged(
-    family: str, mix: str, zoo: Callable[[str], Zoo], open_case: Callable[..., LLM], tmp_path: Path
+    family: str, mix: str, zoo: Callable[[str], Zoo], plain: Plain, open_case: Callable[..., LLM], tmp_path: Path
 ) -> None:
     """One batch over the mix, and one engine on merged weights for each request of it."""
     batch = asks(mix, sampled=False)
@@ -44,7 +46,8 @@ def test_batched_is_merged(
         for ask, answer in zip(users, tokens(run(llm, [replace(ask, lora=()) for ask in users])), strict=True):
             merged[repr(ask)] = answer
         llm.engine.close()
-    assert ours == [merged[repr(ask)] for ask in batch]
+    truth = [merged[repr(ask)] for ask in batch]
+    assert plain.judged(family, batch, ours, truth) == truth
 
 
 @pytest.mark.parametrize("family", FAMILIES)

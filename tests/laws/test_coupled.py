@@ -13,8 +13,9 @@ import pytest
 from msgspec.structs import replace as with_fields
 
 from lawbook.cases import FAMILIES, PROPOSERS, Case, over
-from lawbook.engines import Plain, requests, run, run_steps, script_of, tokens
+from lawbook.engines import requests, run, run_steps, script_of, tokens
 from lawbook.mixes import asks, speculating
+from lawbook.plain import Plain
 from specserve.llm import LLM
 
 
@@ -28,10 +29,12 @@ def test_same_seed_same_tokens(
     truth = plain.answers(family, batch)
     llm = open_case(case, script_of(batch, truth))
     drafting = speculating(batch, case, num_drafts)
-    assert tokens(run(llm, drafting)) == truth
-    assert [tokens(run(llm, [ask]))[0] for ask in drafting] == truth
+    together, alone = tokens(run(llm, drafting)), [tokens(run(llm, [ask]))[0] for ask in drafting]
+    assert plain.judged(family, batch, together, truth) == truth
+    assert plain.judged(family, batch, alone, truth) == truth
     answers = run_steps(llm, requests(drafting)[::-1], every=3)
-    assert [answers[str(index)] for index in range(len(batch))] == truth
+    among = [answers[str(index)] for index in range(len(batch))]
+    assert plain.judged(family, batch, among, truth) == truth
 
 
 @pytest.mark.parametrize("family", FAMILIES)

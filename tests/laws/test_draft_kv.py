@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace as with_fields
 
 from lawbook.cases import DEPTHS, FAMILIES, Case, over
-from lawbook.engines import open_engine, requests, run, run_steps
+from lawbook.engines import HERE, open_engine, requests, run, run_steps
 from lawbook.mixes import Ask, asks, prompt, speculating
 from lawbook.zoo import Zoo
 from specserve.core.sampling_params import SamplingParams
@@ -50,10 +50,15 @@ def _shorter(params: SamplingParams, num_drafts: int) -> SamplingParams:
     return with_fields(params, max_tokens=20, speculation=speculation)
 
 
+def check_accepted(accepted: int, drafted: int) -> None:
+    """All of them; where the dtype rounds, a near tie may go the other way."""
+    assert drafted * (1.0 if HERE.exact else 0.99) <= accepted <= drafted
+
+
 def check_all_accepted(llm: LLM, num_requests: int) -> None:
     stats = llm.engine.stats()
     assert stats.generation_tokens == num_requests * NUM_NEW
-    assert stats.num_accepted_tokens == stats.num_draft_tokens
+    check_accepted(stats.num_accepted_tokens, stats.num_draft_tokens)
     assert stats.num_draft_tokens > num_requests * NUM_NEW / 2
 
 
@@ -90,7 +95,7 @@ def test_all_accepted_after_a_prefix_hit(
     after = llm.engine.stats()
     drafted = after.num_draft_tokens - before.num_draft_tokens
     assert drafted > len(batch) * NUM_NEW / 2
-    assert after.num_accepted_tokens - before.num_accepted_tokens == drafted
+    check_accepted(after.num_accepted_tokens - before.num_accepted_tokens, drafted)
 
 
 @over(family=FAMILIES, mode=METHODS, depth=DEPTHS)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lawbook.cases import Case, law_cases
-from lawbook.engines import Plain, requests, run_steps, script_of
+from lawbook.engines import requests, run_steps, script_of
 from lawbook.mixes import asks, speculating
+from lawbook.plain import Plain
 from lawbook.zoo import ADAPTERS, Zoo
 from specserve.core.messages import LoadAdapter
 from specserve.llm import LLM
@@ -22,9 +23,9 @@ def test_aborts_disturb_nobody(case: Case, plain: Plain, open_case: Callable[...
     answers = run_steps(
         llm, arrivals, between=lambda step: llm.engine.abort_requests([aborts[step]] if step in aborts else [])
     )
-    for index, expected in enumerate(truth):
-        answer = answers[str(index)]
-        assert answer == (expected[: len(answer)] if str(index) in aborts.values() else expected)
+    ours = [answers[str(index)] for index in range(len(batch))]
+    cut = [text[: len(ours[i])] if str(i) in aborts.values() else text for i, text in enumerate(truth)]
+    assert plain.judged(case.family, batch, ours, cut) == cut
     stats = llm.engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, stats.num_blocks)
 
@@ -45,4 +46,5 @@ def test_reloads_disturb_nobody(
                 llm.engine.handle(LoadAdapter(call_id=call_id, name=name, path=str(folders[call_id - 1]), replace=True))
 
     answers = run_steps(llm, requests(speculating(batch, case)), between=reload)
-    assert [answers[str(index)] for index in range(len(batch))] == truth
+    ours = [answers[str(index)] for index in range(len(batch))]
+    assert plain.judged(case.family, batch, ours, truth) == truth

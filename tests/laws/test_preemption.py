@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lawbook.cases import Case, law_cases
-from lawbook.engines import Plain, requests, run, run_steps, script_of, tokens
+from lawbook.engines import requests, run, run_steps, script_of, tokens
 from lawbook.mixes import asks, speculating
+from lawbook.plain import Plain
 from specserve.llm import LLM
 
 MAX_MODEL_LEN = 64
@@ -18,7 +19,8 @@ def test_preempted_is_undisturbed(case: Case, plain: Plain, open_case: Callable[
     batch = asks(case.mix, sampled=case.sampled, length=34)
     truth = plain.answers(case.family, batch)
     llm = open_case(case, script_of(batch, truth), num_blocks=TIGHT, max_model_len=MAX_MODEL_LEN)
-    assert tokens(run(llm, speculating(batch, case))) == truth
+    ours = tokens(run(llm, speculating(batch, case)))
+    assert plain.judged(case.family, batch, ours, truth) == truth
     assert llm.engine.stats().preemptions > 0
 
 
@@ -30,4 +32,5 @@ def test_resumed_is_undisturbed(case: Case, plain: Plain, open_case: Callable[..
     cuts = [answer[: index * len(answer) // (len(truth) - 1)] for index, answer in enumerate(truth)]
     llm = open_case(case, script_of(batch, truth))
     answers = run_steps(llm, requests(speculating(batch, case), cuts))
-    assert [cut + answers[str(index)] for index, cut in enumerate(cuts)] == truth
+    ours = [cut + answers[str(index)] for index, cut in enumerate(cuts)]
+    assert plain.judged(case.family, batch, ours, truth) == truth

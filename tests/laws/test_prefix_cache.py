@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lawbook.cases import Case, law_cases
-from lawbook.engines import Plain, run, script_of, tokens
+from lawbook.engines import run, script_of, tokens
 from lawbook.mixes import Ask, asks, prompt, speculating
+from lawbook.plain import Plain
 from specserve.llm import LLM
 
 SHARED = prompt(50, 32)  # four blocks of 8
@@ -25,6 +26,6 @@ def test_hits_change_nothing(case: Case, plain: Plain, open_case: Callable[..., 
     llm = open_case(case, script_of(batch, truth))
     first = run(llm, speculating(batch, case))
     second = run(llm, speculating(batch, case))
-    assert tokens(first) == truth
-    assert tokens(second) == truth
+    assert plain.judged(case.family, batch, tokens(first), truth) == truth
+    assert plain.judged(case.family, batch, tokens(second), truth) == truth
     assert all(output.cached_tokens >= len(SHARED) - 8 for output in second)

@@ -9,8 +9,9 @@ import pytest
 from msgspec.structs import replace as with_fields
 
 from lawbook.cases import Case, law_cases
-from lawbook.engines import Plain, run, script_of, tokens
+from lawbook.engines import HERE, run, script_of, tokens
 from lawbook.mixes import asks, speculating
+from lawbook.plain import Plain
 from specserve.llm import LLM, Output
 
 
@@ -19,7 +20,7 @@ def check_drafting(case: Case, outputs: list[Output]) -> None:
     drafted = sum(output.speculation.drafted for output in outputs)
     accepted = sum(output.speculation.accepted for output in outputs)
     assert drafted > 0
-    if case.proposer == "oracle":
+    if case.proposer == "oracle" and HERE.exact:
         assert accepted == drafted
     if case.proposer == "wrong":
         assert accepted == 0
@@ -30,13 +31,14 @@ def test_same_tokens_with_and_without(case: Case, plain: Plain, open_case: Calla
     batch = asks(case.mix, sampled=case.sampled)
     truth = plain.answers(case.family, batch)
     outputs = run(open_case(case, script_of(batch, truth)), speculating(batch, case))
-    assert tokens(outputs) == truth
+    assert plain.judged(case.family, batch, tokens(outputs), truth) == truth
     check_drafting(case, outputs)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("proposer", ["near_draft", "ngram", "random"])
 @pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.usefixtures("exact")
 def test_same_logprobs_with_and_without(family: str, proposer: str, depth: int, open_case: Callable[..., LLM]) -> None:
     case = Case(family, proposer, "sampled-coupled", depth, "distinct")
     batch = [replace(ask, params=with_fields(ask.params, logprobs=3)) for ask in asks(case.mix, sampled=True)]

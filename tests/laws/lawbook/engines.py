@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lawbook.cases import Case
 from lawbook.fakes import fakes
@@ -22,16 +22,32 @@ MAX_RANK = 16
 MAX_STEPS = 20_000  # far beyond any law's need, waiting for adapters included
 
 
+@dataclass
+class Place:
+    """Where busy engines compute, and in which dtype. Only in float64 do the laws promise every token."""
+
+    device: str = "cpu"
+    dtype: str = "float64"
+
+    @property
+    def exact(self) -> bool:
+        return self.dtype == "float64"
+
+
+HERE = Place()  # set by the options --law-device and --law-dtype
+
+
 def open_engine(zoo: Zoo, *, draft: str | None = None, script: Sequence[tuple[int, ...]] = (), **fields: object) -> LLM:
-    """An engine in float64 with every adapter of the zoo registered, that checks its integrity after every step.
+    """An engine with every adapter of the zoo registered, that checks its integrity after every step; in float64 on a
+    CPU unless the options of the laws or `fields` say otherwise.
 
     `draft` names a draft model of the zoo; `script` is what the fake proposers know; `fields` are EngineConfig's.
     """
     defaults: dict[str, object] = {
         "model": str(zoo.target),
         "draft_model": None if draft is None else str(zoo.drafts[draft]),
-        "dtype": "float64",
-        "device": "cpu",
+        "dtype": HERE.dtype,
+        "device": HERE.device,
         "block_size": 8,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": MAX_NUM_SEQS,
@@ -105,23 +121,3 @@ def tokens(outputs: list[Output]) -> list[tuple[int, ...]]:
 def script_of(batch: list[Ask], answers: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Full sequences: prompt and answer."""
     return [ask.prompt + answer for ask, answer in zip(batch, answers, strict=True)]
-
-
-@dataclass
-class Plain:
-    """What each request gives alone, in whole prefill, one step after another, without drafts or a prefix cache."""
-
-    zoo: Callable[[str], Zoo]
-    engines: dict[str, LLM] = field(default_factory=dict)
-    known: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
-
-    def answers(self, family: str, batch: list[Ask]) -> list[tuple[int, ...]]:
-        return [self._answer(family, ask) for ask in batch]
-
-    def _answer(self, family: str, ask: Ask) -> tuple[int, ...]:
-        key = (family, repr(ask))
-        if key not in self.known:
-            if family not in self.engines:
-                self.engines[family] = open_engine(self.zoo(family), enable_prefix_caching=False, pipeline_depth=1)
-            self.known[key] = tuple(run(self.engines[family], [ask])[0].token_ids)
-        return self.known[key]

@@ -31,7 +31,7 @@ class FromScript:
             rest = self._rest(tuple(batch.history[row, :length].tolist()))[: batch.num_drafts[i]]
             counts[i] = len(rest)
             tokens[i, : len(rest)] = (torch.tensor(rest, dtype=torch.int64) + self.shift) % VOCAB
-        return Drafts(tokens, counts)
+        return Drafts(tokens.to(batch.limits.device), counts.to(batch.limits.device))
 
     def _rest(self, known: tuple[int, ...]) -> tuple[int, ...]:
         """What follows in the script; nothing where the script has ended."""
@@ -50,7 +50,8 @@ class ByChance:
         tokens, probs = [], []
         sampling = batch.sampling
         vocab = sampling.vocab_size
-        logits = torch.linspace(-1, 1, vocab, dtype=torch.float64).expand(len(batch.rows), vocab)  # [B, vocab]
+        wide = torch.linspace(-1, 1, vocab, dtype=sampling.temperature.dtype, device=sampling.temperature.device)
+        logits = wide.expand(len(batch.rows), vocab)  # [B, vocab]
         for step in range(batch.max_drafts):
             token, q = draft_sample(
                 logits, sampling.seed, batch.num_tokens + step, sampling.temperature, sampling.is_coupled
@@ -59,7 +60,7 @@ class ByChance:
             probs.append(q)
         # How many are kept depends on the committed tokens alone, never on the drafts themselves.
         last = batch.history[batch.rows, batch.num_tokens - 1]  # [B]
-        counts = torch.minimum(torch.tensor(batch.num_drafts), last % (batch.max_drafts + 1))
+        counts = torch.minimum(batch.limits, last % (batch.max_drafts + 1))
         return Drafts(torch.stack(tokens, 1), counts, _stacked(probs))
 
 
