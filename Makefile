@@ -10,10 +10,10 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 PYTEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-laws test-gpu check format demo bench-cpu bench-engine profile clean
+.PHONY: help install test test-slow test-laws test-gpu check format demo bench-cpu bench-engine bench-kernels profile clean
 
 help: ## Show what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s  %s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): pyproject.toml constraints-dev.txt
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -71,6 +71,9 @@ $(PAIRS)/twin/pair.json: | $(INSTALLED)
 
 bench-engine: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure decode and prefill on a GPU: MODE=lora8_spec4,...
 	$(BIN)/python -m benchmarks.engine $(PAIRS)/pair --twin $(PAIRS)/twin --mode $(MODE)
+
+bench-kernels: $(INSTALLED) ## Measure each kernel on a GPU against its floor: ONLY=norm,lora
+	$(BIN)/python -m benchmarks.kernels $(if $(ONLY),--only $(ONLY))
 
 profile: $(PAIRS)/pair/pair.json ## Show where a decode step's time goes: MODE=lora8_spec4 BATCH=8
 	$(BIN)/python -m benchmarks.step_profile $(PAIRS)/pair --mode $(firstword $(subst $(COMMA), ,$(MODE))) --batch $(BATCH)
