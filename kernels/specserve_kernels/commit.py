@@ -1,7 +1,8 @@
 """The end of a step: each row's verified tokens go behind its history, and its length grows by their count.
 
 tokens [B, K+1] int64, of which row i keeps the first counts[i] [B] int64 (None: all); rows [B] int64 are device rows,
-no two alike; history [R, width] and num_tokens [R] int64 are changed in place. What lies beyond a row's count is scratch.
+no two alike; history [R, width] and num_tokens [R] int64 are changed in place. What lies beyond a row's count is
+scratch.
 """
 
 from __future__ import annotations

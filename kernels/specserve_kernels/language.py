@@ -1,6 +1,6 @@
 """Triton where it is installed (Linux); elsewhere a stand-in, so that kernels and references share a file everywhere.
 
-    from specserve_kernels.language import tl, triton
+from specserve_kernels.language import tl, triton
 """
 
 from __future__ import annotations

@@ -151,8 +151,9 @@ def skinny_linear_triton(
 
 
 _IMPLEMENTATIONS = {"torch": skinny_linear_ref, "triton": skinny_linear_triton}
-MAX_ROWS = 1
+MAX_ROWS = 32
 """Beyond so many rows the library's product is the better one."""
+_MAX_TILES = 4096  # of 64 rows of W: more than any vocabulary has
 
 
 def skinny_linear(
@@ -181,6 +182,11 @@ def skinny_linear(
     if not skinny_hopper.takes(x, weight):
         return skinny_linear_ref(x, weight, residual, None, gated)
     return skinny_hopper.skinny_linear_hopper(x, weight, residual, gated, arrivals)
+
+
+def arrivals(device: torch.device) -> Tensor:
+    """What `skinny_linear` counts its programs' arrivals in: int32 zeros, and zeros again after every product."""
+    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
 
 
 def is_skinny(x: Tensor) -> bool:

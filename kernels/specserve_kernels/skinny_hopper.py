@@ -94,7 +94,7 @@ def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool) -> dict[str, i
     """Rows of W in a tile (of each matrix), tiles and stages of the ring, parts along `in`: enough programs to occupy
     every multiprocessor, two on each."""
     depth, matrices, tokens, splits = (1, 2, _tokens(rows), 1) if gated else (2, 1, _tokens(rows), 1)
-    while not gated and splits < 4 and out_dim // 64 * splits < 128 and in_dim >= 1024 * splits:
+    while not gated and splits < 4 and out_dim // 64 * splits < 160 and in_dim >= 1024 * splits:
         splits *= 2
     stages = (_MEMORY - 64 * tokens * 4) // (depth * (64 * matrices + tokens) * 128)
     return {"ROWS": 64, "DEPTH": depth, "STAGES": stages, "SPLITS": splits}

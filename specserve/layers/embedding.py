@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specserve.layers.storage import Parameter, whole
 from specserve_kernels.gather import gather_rows
-from specserve_kernels.skinny import is_skinny, skinny_linear
+from specserve_kernels.skinny import arrivals, is_skinny, skinny_linear
 
 
 class VocabMatrix:
@@ -16,6 +16,7 @@ class VocabMatrix:
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self._weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
         self._transposed = self._weight.t()
+        self._arrivals = arrivals(device)
 
     def parameters(self) -> dict[str, Parameter]:
         return {"weight": whole(self._weight)}
@@ -27,5 +28,5 @@ class VocabMatrix:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] → [N, vocab], in the model's dtype."""
         if is_skinny(hidden):
-            return skinny_linear(hidden, self._weight)
+            return skinny_linear(hidden, self._weight, arrivals=self._arrivals)
         return torch.mm(hidden, self._transposed)

@@ -15,7 +15,7 @@ from torch import Tensor
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import runs_triton
 from specserve_kernels.norm import rms_norm
-from specserve_kernels.skinny import Norm, is_skinny, skinny_linear
+from specserve_kernels.skinny import Norm, arrivals, is_skinny, skinny_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,7 @@ class DenseStorage:
         else:
             self._weight = torch.empty(shape, dtype=dtype, device=device)
         self._bias = torch.empty(sum(widths), dtype=dtype, device=device) if bias else None
+        self._arrivals = arrivals(device)
 
     def parameters(self) -> list[dict[str, Parameter]]:
         parts = [{"weight": whole(rows)} for rows in self._weight.t().split_with_sizes(self._widths)]
@@ -76,14 +77,14 @@ class DenseStorage:
 
     def matmul(self, x: Tensor, norm: Norm | None = None, *, gated: bool = False) -> Tensor:
         if self._bias is None and is_skinny(x):
-            return skinny_linear(x, self._weight.t(), norm=norm, gated=gated)
+            return skinny_linear(x, self._weight.t(), norm=norm, gated=gated, arrivals=self._arrivals)
         x = x if norm is None else rms_norm(x, *norm)
         y = torch.mm(x, self._weight) if self._bias is None else torch.addmm(self._bias, x, self._weight)
         return silu_mul(y) if gated else y
 
     def add_matmul(self, y: Tensor, x: Tensor) -> None:
         if self._bias is None and is_skinny(x):
-            skinny_linear(x, self._weight.t(), residual=y)
+            skinny_linear(x, self._weight.t(), residual=y, arrivals=self._arrivals)
             return
         y.addmm_(x, self._weight)
         if self._bias is not None:
