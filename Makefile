@@ -38,7 +38,7 @@ LAWS_OF = -k '$(1) and not oracles and not distribution and not coverage'
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/pytest tests/gpu tests/kernels_triton
 	$(BIN)/pytest $(LAWS_GPU) $(call LAWS_OF,qwen2)
-	$(BIN)/pytest $(LAWS_GPU) --law-dtype float32 $(call LAWS_OF,llama)
+	$(BIN)/pytest $(LAWS_GPU) --law-dtype float32 $(call LAWS_OF,mistral)
 
 check: $(INSTALLED) ## Lint, check formatting, types and the layers' import contracts
 	$(BIN)/ruff check .

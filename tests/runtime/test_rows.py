@@ -63,16 +63,6 @@ def test_nothing_is_left_of_a_tenant_with_more_blocks_and_adapters(rows: DeviceR
     assert rows.adapter_weights[2].tolist() == [0.0, 0.0]
 
 
-def test_of_two_tenants_in_one_plan_the_later_one_has_the_row(rows: DeviceRows) -> None:
-    change(rows, [new_row(0, 9, 9, 9)], [BlockAppend(0, 0, [1, 2, 3])])
-    earlier, later = new_row(0, 1, 2, adapters=((0, 1.0),)), new_row(0, 7, adapters=((1, 2.0),))
-    change(rows, [earlier, later], [BlockAppend(0, 0, [4])])
-    assert (rows.num_tokens[0], rows.history[0, 0]) == (1, 7)
-    assert rows.adapter_slots[0].tolist() == [1, -1]
-    assert rows.adapter_weights[0].tolist() == [2.0, 0.0]
-    assert rows.block_tables[0].tolist() == [4, 0, 0, 0, 0, 0]
-
-
 def test_blocks_are_appended_to_new_rows_and_old_ones(rows: DeviceRows) -> None:
     change(rows, [new_row(0, 1), new_row(1, 2)], [BlockAppend(1, 0, [4, 5]), BlockAppend(0, 0, [6])])
     change(rows, [new_row(2, 3)], [BlockAppend(0, 1, [7, 8]), BlockAppend(2, 0, [9]), BlockAppend(0, 3, [10])])

@@ -1,0 +1,34 @@
+"""StepDraft: a row has one tenant in a plan, for the device writes a plan's changes in no particular order."""
+
+from __future__ import annotations
+
+from specserve.core.plan import BlockAppend, NewRow
+from specserve.core.sampling_params import SamplingParams
+from specserve.scheduling.step_draft import StepDraft
+
+
+def new_row(row: int, *token_ids: int) -> NewRow:
+    return NewRow(
+        row=row, token_ids=list(token_ids), prompt_len=len(token_ids), params=SamplingParams(), seed=0, stop_ids=()
+    )
+
+
+def test_of_two_tenants_in_one_step_only_the_later_one_is_told() -> None:
+    draft = StepDraft(budget=8, spare=0, auto_drafts=0)
+    earlier, neighbour, later = new_row(2, 1, 2), new_row(0, 3), new_row(2, 4)
+    draft.enter(earlier)
+    draft.blocks.append(BlockAppend(2, 0, [5, 6, 7]))
+    draft.enter(neighbour)
+    draft.blocks.append(BlockAppend(0, 0, [8]))
+    draft.enter(later)
+    draft.blocks.append(BlockAppend(2, 0, [9]))
+    plan = draft.plan(1)
+    assert plan.new_rows == [neighbour, later]
+    assert plan.blocks == [BlockAppend(0, 0, [8]), BlockAppend(2, 0, [9])]
+
+
+def test_blocks_of_a_row_that_nobody_enters_stay() -> None:
+    draft = StepDraft(budget=8, spare=0, auto_drafts=0)
+    draft.blocks.append(BlockAppend(1, 3, [5]))
+    draft.enter(new_row(2, 1))
+    assert draft.plan(1).blocks == [BlockAppend(1, 3, [5])]
