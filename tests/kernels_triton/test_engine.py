@@ -6,7 +6,7 @@ there is no GPU the kernels are interpreted and a graph is its work done again; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +80,7 @@ class Again:
 
 
 @pytest.fixture
-def interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+def interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """To be called once the reference has spoken: from then on Triton takes what lies on a CPU, if that is where its
     kernels are tested."""
 
@@ -92,7 +92,7 @@ def interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterat
             monkeypatch.setattr(graphs, "capturing", nullcontext)
             monkeypatch.setattr(graphs, "reserved_memory", lambda device: 0)
 
-    yield begin
+    return begin
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
