@@ -32,7 +32,9 @@ except ImportError:  # importing works everywhere, launching only where there is
 
 _TILE = gl.NVMMASharedLayout(128, 16, rank=2)
 _WIDTH = 64  # columns of a tile: 128 bytes, the widest swizzle
-_MEMORY = 111 * 1024  # of a program: two are on a multiprocessor
+_HALF = 111 * 1024  # of a multiprocessor's memory: two programs on it
+_WHOLE = 200 * 1024
+_PROGRAMS = 132  # multiprocessors
 
 
 @gluon.jit(do_not_specialize=["count", "steps"])
@@ -91,13 +93,15 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool) -> dict[str, int]:
-    """Rows of W in a tile (of each matrix), tiles and stages of the ring, parts along `in`: enough programs to occupy
-    every multiprocessor, two on each."""
-    depth, matrices, tokens, splits = (1, 2, _tokens(rows), 1) if gated else (2, 1, _tokens(rows), 1)
-    while not gated and splits < 4 and out_dim // 64 * splits < 160 and in_dim >= 1024 * splits:
+    """Rows of W in a tile (of each matrix), tiles and stages of the ring, parts along `in`. A W of few tiles is parted
+    until every multiprocessor has a program, whose ring fills its memory; of more tiles, two programs share one."""
+    tokens, matrices, tiles = _tokens(rows), 2 if gated else 1, triton.cdiv(out_dim, 64)
+    is_small = not gated and tiles <= _PROGRAMS
+    splits = 1
+    while is_small and splits < 4 and tiles * splits * 2 <= _PROGRAMS and in_dim >= 2048 * splits:
         splits *= 2
-    stages = (_MEMORY - 64 * tokens * 4) // (depth * (64 * matrices + tokens) * 128)
-    return {"ROWS": 64, "DEPTH": depth, "STAGES": stages, "SPLITS": splits}
+    memory = (_WHOLE if is_small else _HALF) - 64 * tokens * 4
+    return {"ROWS": 64, "DEPTH": 2, "STAGES": memory // (2 * (64 * matrices + tokens) * 128), "SPLITS": splits}
 
 
 def skinny_linear_hopper(
