@@ -23,10 +23,10 @@ from lawbook.zoo import Zoo, build_zoo
 from specserve.core.messages import LoraRef
 from specserve.llm import LLM, Output
 from specserve.runtime import graphs
-from specserve_kernels import dispatch, lora_load
+from specserve_kernels import dispatch
+from specserve_kernels.lora import load as lora_load
 from specserve_kernels.tolerances import MODEL
 
-NUM_NEW = 2
 MAX_NUM_SEQS = 4
 LOADED = ("a0", "a3")
 MIXED: tuple[Lora, ...] = ((), (LoraRef("a0"),), (LoraRef("a3", 0.5), LoraRef("a0", -1.0)))
@@ -46,6 +46,7 @@ class Scenario:
     drafts: tuple[int, ...] = (0, 2)
     budget: int | None = None
     graphs: bool = False
+    num_new: int = 2  # of the first request, each of the others one more
 
     def batch(self, num_drafts: int) -> list[Ask]:
         """Every request with the processors of its place, and log-probabilities."""
@@ -55,7 +56,7 @@ class Scenario:
                 ask,
                 prompt=prompt(index, length),
                 lora=self.loras[index % len(self.loras)],
-                params=with_fields(ask.params, max_tokens=NUM_NEW + index, logprobs=2),
+                params=with_fields(ask.params, max_tokens=self.num_new + index, logprobs=2),
             )
             for index, (ask, length) in enumerate(zip(drawn, self.lengths, strict=True))
         ]
@@ -66,8 +67,14 @@ SCENARIOS = {
     "adapters": Scenario(Case("llama", "near_draft", "greedy-rejection", 2, "base"), (18, 5), MIXED[1:], drafts=(2,)),
     "window": Scenario(Case("mistral", "random", "sampled-coupled", 2, "base"), (41, 1), budget=19, drafts=(2, 0)),
     "bias": Scenario(Case("qwen2", "near_draft", "sampled-rejection", 2, "base"), (3, 17), MIXED[1:2], drafts=(2,)),
+    # Two rows decode before a third comes, whose adapters are read meanwhile.
     "graphs": Scenario(
-        Case("qwen3", "near_draft", "greedy-coupled", 2, "base"), (2, 3, 8), MIXED, drafts=(0,), graphs=True
+        Case("qwen3", "near_draft", "greedy-coupled", 2, "base"),
+        (2, 3, 8),
+        ((), *MIXED[::2]),
+        drafts=(0,),
+        graphs=True,
+        num_new=4,
     ),
 }
 

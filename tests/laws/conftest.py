@@ -14,6 +14,9 @@ from lawbook.zoo import Zoo, build_zoo
 from specserve.llm import LLM
 
 
+EXCUSED = pytest.StashKey[str]()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--law-device", default=HERE.device, help="where the engines of the laws compute")
     parser.addoption("--law-dtype", default=HERE.dtype, help="in which dtype; but for float64, near ties are excused")
@@ -22,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     HERE.device = config.getoption("law_device", HERE.device)
     HERE.dtype = config.getoption("law_dtype", HERE.dtype)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not HERE.exact:
+        terminalreporter.write_line(config.stash.get(EXCUSED, "no requests compared"))
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +43,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Zoo]:
 def plain(zoo: Callable[[str], Zoo], request: pytest.FixtureRequest) -> Iterator[Plain]:
     plain = Plain(zoo)
     yield plain
-    if plain.compared:
-        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line(f"\n{plain.compared} requests compared, {plain.excused} excused for a near tie")
+    request.config.stash[EXCUSED] = f"{plain.compared} requests compared, {plain.excused} excused for a near tie"
+    if not HERE.exact:
         assert plain.excused <= MAX_EXCUSED * plain.compared
 
 

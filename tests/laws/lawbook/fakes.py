@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lawbook.zoo import VOCAB
 from specserve.speculation.proposer import DraftBatch, Drafts, Proposer
-from specserve_kernels.sampling import draft_sample
+from specserve_kernels.sampling.tokens import draft_sample
 
 
 @dataclass(frozen=True)
