@@ -13,7 +13,6 @@ from lawbook.plain import MAX_EXCUSED, Plain
 from lawbook.zoo import Zoo, build_zoo
 from specserve.llm import LLM
 
-
 EXCUSED = pytest.StashKey[str]()
 
 
