@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Setting, copies, relative
-from specserve_kernels.attention import AttentionMetadata, AttentionShape, paged_attention, prepare
+from specserve_kernels.attention.paged import AttentionMetadata, AttentionShape, paged_attention, prepare
 
 BLOCK = 16
 TAIL = 1024

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.kernels.case import Case, Setting, copies, count, relative
 from specserve_kernels.dispatch import runs_triton
-from specserve_kernels.lora_grouped import SlotFactors, grouped_lora, grouped_lora_ref
+from specserve_kernels.lora.grouped import SlotFactors, grouped_lora, grouped_lora_ref
 
 ADAPTERS, RANK = 8, 16
 

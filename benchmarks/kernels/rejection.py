@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Setting, copies, count, differing
-from specserve_kernels.rejection import verify, verify_ref
+from specserve_kernels.sampling.rejection import verify, verify_ref
 
 DRAFTS = 4
 Method = Literal["coupled", "rejection", "rejection, one-hot"]

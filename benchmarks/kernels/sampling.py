@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from benchmarks.kernels.case import Case, Setting, copies, count, differing, relative
-from specserve_kernels.random import Stream
-from specserve_kernels.sampling import (
+from specserve_kernels.sampling.random import Stream
+from specserve_kernels.sampling.tokens import (
     draft_sample,
     draw_with_softmax_ref,
     greedy,

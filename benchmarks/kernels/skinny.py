@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Setting, copies, relative
-from specserve_kernels.skinny import is_skinny, skinny_linear, skinny_linear_ref
+from specserve_kernels.skinny.linear import is_skinny, skinny_linear, skinny_linear_ref
 
 ROWS = (1, 8, 32)
 Kind = Literal["norm", "residual", "norm, gated", "plain"]

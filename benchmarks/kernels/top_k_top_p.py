@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Setting, copies, count
-from specserve_kernels.selection import top_k_top_p, top_k_top_p_ref
+from specserve_kernels.sampling.selection import top_k_top_p, top_k_top_p_ref
 
 TOP_K = 50
 

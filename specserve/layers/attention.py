@@ -9,7 +9,7 @@ from torch import Tensor
 from specserve.layers.context import ForwardContext
 from specserve.layers.linear import Linear
 from specserve.layers.norm import HeadNorm, RMSNorm
-from specserve_kernels.attention import PreparedAttention, paged_attention
+from specserve_kernels.attention.paged import PreparedAttention, paged_attention
 from specserve_kernels.qkv import rotate_and_cache
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from specserve_kernels.attention import AttentionMetadata
+from specserve_kernels.attention.paged import AttentionMetadata
 
 
 class LoraApplier(Protocol):

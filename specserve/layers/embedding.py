@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specserve.layers.storage import Parameter, whole
 from specserve_kernels.gather import gather_rows
-from specserve_kernels.skinny import arrivals, is_skinny, skinny_linear
+from specserve_kernels.skinny.linear import arrivals, is_skinny, skinny_linear
 
 
 class VocabMatrix:

@@ -15,7 +15,7 @@ from torch import Tensor
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import runs_triton
 from specserve_kernels.norm import rms_norm
-from specserve_kernels.skinny import Norm, arrivals, is_skinny, skinny_linear
+from specserve_kernels.skinny.linear import Norm, arrivals, is_skinny, skinny_linear
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from specserve.layers.norm import RMSNorm
 from specserve.layers.rotary import Rotary
 from specserve.layers.storage import Parameter
 from specserve.models.spec import ModelSpec
-from specserve_kernels.attention import AttentionShape, prepare
+from specserve_kernels.attention.paged import AttentionShape, prepare
 
 
 @dataclass(frozen=True, slots=True)

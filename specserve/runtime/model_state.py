@@ -14,7 +14,7 @@ from specserve.models.spec import ModelSpec
 from specserve.runtime.layout import StepLayout
 from specserve.runtime.rows import DeviceRows
 from specserve_adapters.pool import AdapterPool
-from specserve_kernels.attention import AttentionMetadata
+from specserve_kernels.attention.paged import AttentionMetadata
 from specserve_kernels.inputs import RowTables, gather_inputs
 
 

@@ -29,7 +29,7 @@ from specserve.speculation.proposer import Drafts
 from specserve.speculation.registry import ProposerRegistry
 from specserve_adapters.host_adapter import HostAdapter
 from specserve_kernels.commit import commit_tokens
-from specserve_kernels.rejection import verify
+from specserve_kernels.sampling.rejection import verify
 
 HostAdapters = Callable[[str], tuple[HostAdapter, HostAdapter | None]]
 """Adapter version → target LoRA and draft companion in the host tier."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specserve.core.sampling_params import Method, SamplingParams
 from specserve.sampling.batch import SamplingBatch, SparseTokens
-from specserve_kernels.random import mix64
+from specserve_kernels.sampling.random import mix64
 
 GREEDY_BELOW = 1e-5  # vLLM's bound: dividing logits by less is argmax, with overflow
 NUM_FLOATS = 7

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from specserve.sampling.batch import SamplingBatch
 from specserve.sampling.processors import only_temperature, process
-from specserve_kernels.sampling import greedy, sample_tokens
+from specserve_kernels.sampling.tokens import greedy, sample_tokens
 
 
 def sample(logits: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from specserve.sampling.batch import SamplingBatch
-from specserve_kernels.selection import top_k_top_p
+from specserve_kernels.sampling.selection import top_k_top_p
 
 
 def is_active(batch: SamplingBatch) -> bool:

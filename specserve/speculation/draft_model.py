@@ -10,7 +10,7 @@ from torch import Tensor
 from specserve.sampling.batch import SamplingBatch
 from specserve.sampling.processors import process
 from specserve.speculation.proposer import DraftBatch, Drafts
-from specserve_kernels.sampling import draft_sample
+from specserve_kernels.sampling.tokens import draft_sample
 
 
 def draw_draft(

@@ -14,7 +14,7 @@ from torch import Tensor
 from specserve_adapters.host_adapter import HostAdapter
 from specserve_adapters.pool import AdapterPool
 from specserve_adapters.spec import LinearSpec, ModuleKey
-from specserve_kernels.lora import lora, lora_ref
+from specserve_kernels.lora.batch import lora, lora_ref
 from specserve_kernels.tolerances import OP
 
 SLOTS, MAX_RANK = 3, 5

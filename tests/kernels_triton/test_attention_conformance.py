@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specserve_kernels.attention import AttentionMetadata, AttentionShape, paged_attention, prepare
-from specserve_kernels.attention_backends import BACKENDS
+from specserve_kernels.attention.backends import BACKENDS
+from specserve_kernels.attention.paged import AttentionMetadata, AttentionShape, paged_attention, prepare
 from specserve_kernels.tolerances import OP
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from specserve_kernels.attention_decode import DecodeRun, Tile, decode_attention_triton, prepare_decode
-from specserve_kernels.attention_interface import AttentionMetadata, AttentionShape
-from specserve_kernels.attention_plan import FIELDS, schedule
+from specserve_kernels.attention.decode import DecodeRun, Tile, decode_attention_triton, prepare_decode
+from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
+from specserve_kernels.attention.plan import FIELDS, schedule
 from specserve_kernels.tolerances import OP
 
 SMALL = Tile(16, 4, 3, 3)  # so that few keys are many tiles

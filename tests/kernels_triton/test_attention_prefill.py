@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specserve_kernels import attention_prefill_hopper
-from specserve_kernels.attention_prefill import Tile, prefill_attention_triton
-from specserve_kernels.attention_prefill_tiles import list_tiles
+from specserve_kernels.attention import prefill_hopper as attention_prefill_hopper
+from specserve_kernels.attention.prefill import Tile, prefill_attention_triton
+from specserve_kernels.attention.prefill_tiles import list_tiles
 from specserve_kernels.tolerances import OP
 
 

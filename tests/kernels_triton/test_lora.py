@@ -12,10 +12,11 @@ from specserve_adapters import pool as pool_module
 from specserve_adapters.host_adapter import HostAdapter
 from specserve_adapters.pool import AdapterPool
 from specserve_adapters.spec import LinearSpec, ModuleKey
-from specserve_kernels import lora_grouped, lora_load
-from specserve_kernels.lora_grouped import SlotFactors, grouped_lora, grouped_lora_ref
-from specserve_kernels.lora_load import load_slot_ref, load_slot_triton
-from specserve_kernels.lora_tiles import NONE, lora_tiles
+from specserve_kernels.lora import grouped as lora_grouped
+from specserve_kernels.lora import load as lora_load
+from specserve_kernels.lora.grouped import SlotFactors, grouped_lora, grouped_lora_ref
+from specserve_kernels.lora.load import load_slot_ref, load_slot_triton
+from specserve_kernels.lora.tiles import NONE, lora_tiles
 from specserve_kernels.tolerances import OP
 
 SLOTS, MAX_RANK, PER_ROW, ROWS = 6, 20, 3, 8

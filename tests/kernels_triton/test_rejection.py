@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specserve_kernels.drafting import draw_with_softmax
-from specserve_kernels.rejection import Verified, verify_ref, verify_triton
+from specserve_kernels.sampling.drafting import draw_with_softmax
+from specserve_kernels.sampling.rejection import Verified, verify_ref, verify_triton
 
 SMALL, TILED = 11, 2311
 

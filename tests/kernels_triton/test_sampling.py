@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from specserve_kernels import drafting, sampling
 from specserve_kernels.language import tl, triton
-from specserve_kernels.noise import bits_to_gumbel, gumbel, noise_key, uniform
-from specserve_kernels.random import Stream
-from specserve_kernels.random import bits_to_gumbel as bits_to_gumbel_ref
-from specserve_kernels.random import gumbel as gumbel_ref
-from specserve_kernels.random import uniform as uniform_ref
+from specserve_kernels.sampling import drafting
+from specserve_kernels.sampling import tokens as sampling
+from specserve_kernels.sampling.noise import bits_to_gumbel, gumbel, noise_key, uniform
+from specserve_kernels.sampling.random import Stream
+from specserve_kernels.sampling.random import bits_to_gumbel as bits_to_gumbel_ref
+from specserve_kernels.sampling.random import gumbel as gumbel_ref
+from specserve_kernels.sampling.random import uniform as uniform_ref
 
 VOCAB = 2311  # three tiles of 1024, the last one ragged; two of 2048
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from specserve_kernels.skinny import skinny_linear_ref, skinny_linear_triton
-from specserve_kernels.skinny_hopper import skinny_linear_hopper, takes
+from specserve_kernels.skinny.hopper import skinny_linear_hopper, takes
+from specserve_kernels.skinny.linear import skinny_linear_ref, skinny_linear_triton
 from specserve_kernels.tolerances import OP
 
 VARIANTS = [(False, False, False), (True, False, False), (False, True, False), (False, True, True), (True, True, False)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specserve_kernels import threshold
-from specserve_kernels.selection import top_k_top_p_ref
+from specserve_kernels.sampling import threshold
+from specserve_kernels.sampling.selection import top_k_top_p_ref
 
 # (top_k, top_p) a row: each alone, both, neither, and extremes
 SETTINGS = [(3, 1.0), (0, 0.6), (9, 0.7), (0, 0.93), (1, 1.0), (0, 1.0), (0, 1e-9), (40, 0.99)]

@@ -14,7 +14,7 @@ import transformers
 
 from specserve.layers.context import ForwardContext, LoraApplier
 from specserve.models.decoder import Decoder
-from specserve_kernels.attention import AttentionMetadata
+from specserve_kernels.attention.paged import AttentionMetadata
 
 SIZES = {
     "vocab_size": 61,

@@ -11,7 +11,7 @@ import torch
 
 from specserve.layers.context import ForwardContext
 from specserve.loading import load_model
-from specserve_kernels.attention import AttentionMetadata
+from specserve_kernels.attention.paged import AttentionMetadata
 from specserve_kernels.tolerances import MODEL
 
 PARTS = (

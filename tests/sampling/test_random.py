@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from specserve_kernels.random import Stream, bits_to_gumbel, gumbel, keys, mix64, token_bits, uniform
+from specserve_kernels.sampling.random import Stream, bits_to_gumbel, gumbel, keys, mix64, token_bits, uniform
 
 SAMPLES = 100_000
 MASK = 2**64 - 1

@@ -9,7 +9,7 @@ import torch
 
 from specserve.core.sampling_params import SamplingParams, SpeculationParams
 from specserve.sampling.rows import SamplingRows
-from specserve_kernels.random import mix64
+from specserve_kernels.sampling.random import mix64
 
 VOCAB = 50
 GREEDY = SamplingParams(temperature=0.0)

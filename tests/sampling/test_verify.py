@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specserve_kernels.random import Stream, gumbel, uniform
-from specserve_kernels.rejection import Verified, residual_logits, verify
-from specserve_kernels.sampling import draft_sample, sample
+from specserve_kernels.sampling.random import Stream, gumbel, uniform
+from specserve_kernels.sampling.rejection import Verified, residual_logits, verify
+from specserve_kernels.sampling.tokens import draft_sample, sample
 
 VOCAB = 11
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from specserve.core.sampling_params import SamplingParams
 from specserve.sampling.processors import process
 from specserve.sampling.rows import SamplingRows
-from specserve_kernels.random import Stream
-from specserve_kernels.rejection import Verified, residual_logits, verify
-from specserve_kernels.sampling import draft_sample, gumbel_argmax
+from specserve_kernels.sampling.random import Stream
+from specserve_kernels.sampling.rejection import Verified, residual_logits, verify
+from specserve_kernels.sampling.tokens import draft_sample, gumbel_argmax
 
 VOCAB = 8
 SAMPLES = 100_000

@@ -11,7 +11,7 @@ from specserve.core.sampling_params import Method, SamplingParams
 from specserve.sampling.rows import SamplingRows
 from specserve.speculation.draft_model import DraftModelProposer
 from specserve.speculation.proposer import DraftBatch, Drafts
-from specserve_kernels.rejection import verify
+from specserve_kernels.sampling.rejection import verify
 
 VOCAB, WIDTH, DRAFTS = 6, 12, 3
 TABLE = torch.tensor(

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.ordered import from_ordered, to_ordered
-from specserve_kernels.softmax_parts import STATISTICS_TILE, row_statistics, tile_statistics
-from specserve_kernels.threshold_parts import NUM_PIVOTS, ONE, bracket, needed_mass, pivot, weight_of
-from specserve_kernels.threshold_search import kth_largest, search
+from specserve_kernels.sampling.ordered import from_ordered, to_ordered
+from specserve_kernels.sampling.softmax_parts import STATISTICS_TILE, row_statistics, tile_statistics
+from specserve_kernels.sampling.threshold_parts import NUM_PIVOTS, ONE, bracket, needed_mass, pivot, weight_of
+from specserve_kernels.sampling.threshold_search import kth_largest, search
 
 GROUP = 64
 CAPACITY = 4096  # candidates a row

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from specserve_kernels import attention_prefill_hopper
-from specserve_kernels.attention_interface import AttentionMetadata, AttentionShape
-from specserve_kernels.attention_plan import multiprocessors
-from specserve_kernels.attention_prefill import prefill_attention_triton
-from specserve_kernels.attention_prefill_tiles import list_tiles
+from specserve_kernels.attention import prefill_hopper as attention_prefill_hopper
+from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
+from specserve_kernels.attention.plan import multiprocessors
+from specserve_kernels.attention.prefill import prefill_attention_triton
+from specserve_kernels.attention.prefill_tiles import list_tiles
 
 _STAY = 4096
 """Keys up to which programs of attention_prefill_hopper stay for several tiles: their starts would take longer than the

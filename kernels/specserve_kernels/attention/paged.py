@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from specserve_kernels.attention_backends import BACKENDS, choose
-from specserve_kernels.attention_interface import AttentionBackend, AttentionMetadata, AttentionShape
+from specserve_kernels.attention.backends import BACKENDS, choose
+from specserve_kernels.attention.interface import AttentionBackend, AttentionMetadata, AttentionShape
 
 __all__ = ["AttentionMetadata", "AttentionShape", "PreparedAttention", "paged_attention", "prepare"]
 

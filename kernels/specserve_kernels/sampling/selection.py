@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
-from specserve_kernels.threshold import top_k_top_p_triton
+from specserve_kernels.sampling.threshold import top_k_top_p_triton
 
 NUM_CANDIDATES = 256
 

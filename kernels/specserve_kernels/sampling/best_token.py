@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.noise import gumbel, noise_key
-from specserve_kernels.ordered import NO_WORD, best_word, word_token
+from specserve_kernels.sampling.noise import gumbel, noise_key
+from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
 
 ENOUGH_PROGRAMS = 512  # a few for each of the GPU's multiprocessors
 

@@ -22,12 +22,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from specserve_kernels import skinny_hopper
 from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
 from specserve_kernels.norm import rms_norm, rms_norm_ref
 from specserve_kernels.overlap import overlaps
+from specserve_kernels.skinny import hopper as skinny_hopper
 
 
 @triton.jit

@@ -11,8 +11,8 @@ whenever it is run.
 from __future__ import annotations
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.lora_shrink import next_code, slot_use
-from specserve_kernels.lora_tiles import _NONE
+from specserve_kernels.lora.shrink import next_code, slot_use
+from specserve_kernels.lora.tiles import _NONE
 
 MAX_PARTS = 4
 

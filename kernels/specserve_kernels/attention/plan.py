@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specserve_kernels.attention_interface import AttentionMetadata
+from specserve_kernels.attention.interface import AttentionMetadata
 from specserve_kernels.language import tl, triton
 
 FIELDS = 8

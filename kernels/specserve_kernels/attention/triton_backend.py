@@ -11,9 +11,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from specserve_kernels.attention_decode import DecodeRun, decode_attention_triton, prepare_decode
-from specserve_kernels.attention_interface import SHORT_QUERY, AttentionMetadata, AttentionShape
-from specserve_kernels.attention_prefill_run import PrefillRun, prefill_attention, prepare_prefill
+from specserve_kernels.attention.decode import DecodeRun, decode_attention_triton, prepare_decode
+from specserve_kernels.attention.interface import SHORT_QUERY, AttentionMetadata, AttentionShape
+from specserve_kernels.attention.prefill_run import PrefillRun, prefill_attention, prepare_prefill
 
 
 @dataclass(frozen=True, slots=True)

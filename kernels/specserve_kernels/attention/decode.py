@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specserve_kernels.attention_combine import AHEAD, COMBINED, combine
-from specserve_kernels.attention_interface import AttentionMetadata, AttentionShape
-from specserve_kernels.attention_part import attend, locate, prefetch
-from specserve_kernels.attention_plan import FIELDS, multiprocessors, plan_triton, schedule
+from specserve_kernels.attention.combine import AHEAD, COMBINED, combine
+from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
+from specserve_kernels.attention.part import attend, locate, prefetch
+from specserve_kernels.attention.plan import FIELDS, multiprocessors, plan_triton, schedule
 from specserve_kernels.language import tl, triton
 from specserve_kernels.overlap import overlaps, wait
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specserve_kernels.attention_interface import SHORT_QUERY, AttentionMetadata, AttentionShape
+from specserve_kernels.attention.interface import SHORT_QUERY, AttentionMetadata, AttentionShape
 
 MAX_PADDING = 4
 """Padded queries of a shared batch per real one, at most; beyond that a second batch is cheaper."""

@@ -1,6 +1,6 @@
 """What attention is told of a forward, and what every backend of it provides.
 
-A backend is a module (or any object) with the three functions of `AttentionBackend`; `attention_backends` names them.
+A backend is a module (or any object) with the three functions of `AttentionBackend`; `backends` names them.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specserve_kernels.best_token import tile_size, warps_of
 from specserve_kernels.language import tl, triton
-from specserve_kernels.noise import gumbel, noise_key, uniform
-from specserve_kernels.ordered import NO_WORD, best_word, word_token
-from specserve_kernels.random import Stream
-from specserve_kernels.softmax_parts import STATISTICS_TILE, probability, row_statistics, tile_statistics
+from specserve_kernels.sampling.best_token import tile_size, warps_of
+from specserve_kernels.sampling.noise import gumbel, noise_key, uniform
+from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
+from specserve_kernels.sampling.random import Stream
+from specserve_kernels.sampling.softmax_parts import STATISTICS_TILE, probability, row_statistics, tile_statistics
 
 MIN_STEPS = 16  # positions in one register tile: up to 15 drafts compile once
 _ACCEPT = tl.constexpr(int(Stream.ACCEPT))

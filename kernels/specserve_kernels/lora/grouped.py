@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.lora_expand import MAX_PARTS, expand_kernel
-from specserve_kernels.lora_shrink import shrink_kernel
-from specserve_kernels.lora_tiles import LoraTiles, lora_tiles
+from specserve_kernels.lora.expand import MAX_PARTS, expand_kernel
+from specserve_kernels.lora.shrink import shrink_kernel
+from specserve_kernels.lora.tiles import LoraTiles, lora_tiles
 
 _FEW_TOKENS = 512
 _FACTORS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}

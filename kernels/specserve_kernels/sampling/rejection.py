@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
-from specserve_kernels.random import Stream, uniform
-from specserve_kernels.sampling import divided, gumbel_argmax, sample
-from specserve_kernels.verification import verify_triton as run_verification
+from specserve_kernels.sampling.random import Stream, uniform
+from specserve_kernels.sampling.tokens import divided, gumbel_argmax, sample
+from specserve_kernels.sampling.verification import verify_triton as run_verification
 
 
 class Verified(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from specserve_kernels import attention_ref, attention_triton
-from specserve_kernels.attention_interface import AttentionBackend, AttentionMetadata, AttentionShape
+from specserve_kernels.attention import reference as attention_ref
+from specserve_kernels.attention import triton_backend as attention_triton
+from specserve_kernels.attention.interface import AttentionBackend, AttentionMetadata, AttentionShape
 from specserve_kernels.dispatch import backend
 
 BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType({"torch": attention_ref, "triton": attention_triton})

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specserve_kernels.attention_prefill_tiles import SEQS, locate
+from specserve_kernels.attention.prefill_tiles import SEQS, locate
 from specserve_kernels.language import tl, triton
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.ordered import from_ordered, to_ordered
-from specserve_kernels.threshold_parts import bracket, count_of, mass_of, needed_mass, weight_of
+from specserve_kernels.sampling.ordered import from_ordered, to_ordered
+from specserve_kernels.sampling.threshold_parts import bracket, count_of, mass_of, needed_mass, weight_of
 
 _LOWEST = tl.constexpr(-(2**31))
 

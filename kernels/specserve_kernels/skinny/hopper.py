@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specserve_kernels.language import triton
 from specserve_kernels.overlap import overlaps
-from specserve_kernels.skinny_hopper_parts import consume, produce
+from specserve_kernels.skinny.hopper_parts import consume, produce
 
 try:
     from triton.experimental import gluon

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.noise import gumbel, noise_key
-from specserve_kernels.ordered import NO_WORD, best_word, word_token
-from specserve_kernels.softmax_parts import STATISTICS_TILE, probability, row_statistics, tile_statistics
+from specserve_kernels.sampling.noise import gumbel, noise_key
+from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
+from specserve_kernels.sampling.softmax_parts import STATISTICS_TILE, probability, row_statistics, tile_statistics
 
 
 @triton.jit(do_not_specialize_on_alignment=["seed", "position", "stream", "temperature"])

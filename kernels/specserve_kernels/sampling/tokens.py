@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specserve_kernels.best_token import best_tokens
 from specserve_kernels.dispatch import backend
-from specserve_kernels.drafting import draw_with_softmax
-from specserve_kernels.random import Stream, gumbel
+from specserve_kernels.sampling.best_token import best_tokens
+from specserve_kernels.sampling.drafting import draw_with_softmax
+from specserve_kernels.sampling.random import Stream, gumbel
 
 
 def divided(logits: Tensor, divisor: Tensor | None) -> Tensor:

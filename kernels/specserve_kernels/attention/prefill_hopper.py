@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specserve_kernels.attention_interface import AttentionShape
-from specserve_kernels.attention_prefill_groups import consume, produce
-from specserve_kernels.attention_prefill_tiles import FIELDS
+from specserve_kernels.attention.interface import AttentionShape
+from specserve_kernels.attention.prefill_groups import consume, produce
+from specserve_kernels.attention.prefill_tiles import FIELDS
 from specserve_kernels.language import triton
 
 try:

@@ -12,7 +12,7 @@ adds them in order.
 from __future__ import annotations
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.lora_tiles import _NONE
+from specserve_kernels.lora.tiles import _NONE
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Attention over pages: the backends, and the kernels of the Triton one."""

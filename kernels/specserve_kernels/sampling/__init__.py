@@ -1,0 +1,1 @@
+"""Drawing tokens and verifying drafts, without a sorted vocabulary."""
