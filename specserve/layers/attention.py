@@ -59,4 +59,4 @@ class Attention:
             finite=ctx.lora is not None,  # an adapter may overflow; the cache must not keep what is not finite
         )  # fmt: skip
         attended = paged_attention(q, k_cache, v_cache, step.attention, self._scale, self._window)
-        self._out.add_to(residual, attended.view(residual.shape[0], -1), ctx)
+        self._out.add_to(residual, attended.reshape(residual.shape[0], -1), ctx)
