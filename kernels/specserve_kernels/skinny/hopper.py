@@ -41,7 +41,7 @@ _PROGRAMS = 132  # multiprocessors
 def _skinny_kernel(
     w_desc, x_desc, out, workspace, arrivals, count, out_dim, steps, out_stride,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr,
+    GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Program p: part p % SPLITS of tile p // SPLITS. steps: stages along `in` of a part; DEPTH tiles in a stage."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -58,9 +58,9 @@ def _skinny_kernel(
     gl.warp_specialize(
         [
             (consume, (out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
-                       ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL, EARLY)),
+                       ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL)),
             (produce, (w_desc, x_desc, w_smem, x_smem, full, empty, out_dim, steps,
-                       ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL, EARLY)),
+                       ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL)),
         ],
         [1],
         [40],
@@ -126,12 +126,12 @@ def skinny_linear_hopper(
     w_desc = TensorDescriptor(weight, list(weight.shape), [in_dim, 1], [cut["ROWS"], _WIDTH], _TILE)
     x_desc = TensorDescriptor(x, [rows, in_dim], [x.stride(0), 1], [tokens, _WIDTH], _TILE)
     steps = triton.cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits)
-    overlap = bool(cut.get("overlap", overlaps(x)))
+    overlap = overlaps(x)
     options = {"launch_pdl": True} if overlap else {}  # others than NVIDIA's do not know it
     _skinny_kernel[(tiles * splits,)](
         w_desc, x_desc, out, workspace, out if arrivals is None else arrivals, rows, out_dim, steps, out.stride(0),
         ROWS=cut["ROWS"], TOKENS=tokens, DEPTH=cut["DEPTH"], STAGES=cut["STAGES"], SPLITS=splits, GATED=gated,
-        RESIDUAL=residual is not None, PDL=overlap, EARLY=bool(cut.get("early", True)), num_warps=4,
+        RESIDUAL=residual is not None, PDL=overlap, num_warps=4,
         maxnreg=_registers(cut["ROWS"] * tokens * (2 if gated else 1), splits), **options,
     )  # fmt: skip
     return out

@@ -35,13 +35,13 @@ def _copy_x(x_desc, x_smem, bar, column, stage, DEPTH: gl.constexpr):
 @gluon.jit
 def produce(w_desc, x_desc, w_smem, x_smem, full, empty, out_dim, steps,
             ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
-            SPLITS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+            SPLITS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """The copying warp. Columns of x and W beyond the end arrive as zeros."""
     bytes: gl.constexpr = DEPTH * ((2 if GATED else 1) * ROWS + TOKENS) * 128
     row = gl.program_id(0) // SPLITS * ROWS
     column = gl.program_id(0) % SPLITS * steps * (64 * DEPTH)
     filled = gl.minimum(steps, STAGES)
-    if PDL and EARLY:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     for step in range(filled):
         bar = full.index(step)
@@ -92,7 +92,7 @@ def _add_parts(y, workspace, arrival, inside, place, size, SPLITS: gl.constexpr)
 @gluon.jit
 def consume(out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
             ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-            GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+            GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """The computing warps: sums [ROWS, TOKENS] of W xᵀ, then what follows on them."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     # A thread stores 4 neighbours of one row of y, 16 threads 128 bytes.
@@ -122,8 +122,6 @@ def consume(out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_di
     inside = (n < out_dim) & (token < count)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        if not EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
     stores = True
     if SPLITS > 1:
         y, stores = _add_parts(y, workspace, arrivals + tile, inside, token * out_dim + n, count * out_dim, SPLITS)

@@ -6,12 +6,11 @@
     gated     y = silu(x Wgᵀ) * (x Wuᵀ)                W = [Wg; Wu]: [2 out, in]; SwiGLU (Shazeer 2020); y: [rows, out]
 
 For few rows the time is that of reading W: 2 bytes an element at the memory's speed. So what matters is that W streams
-without a pause: enough bytes in flight (a program owns whole rows of W and asks for much of them early), and no gap
-between two kernels. For the second, a kernel starts while its predecessor still runs (programmatic dependent launch)
-and brings its part of W into the L2 cache before it waits for the predecessor, whose results are all it depends on.
-Hence the rule: W must not have been written by the kernel just before.
+without a pause: enough bytes in flight, and no gap between two kernels. For the second, a kernel starts while its
+predecessor still runs (programmatic dependent launch) and loads its first part of W before it waits for the
+predecessor, whose results are all it depends on. Hence the rule: W must not have been written in the same step.
 
-One row is a matrix-vector product of fp32 multiplications; more rows go through Hopper's tensor cores (skinny_hopper),
+One row is a matrix-vector product of fp32 multiplications; more rows go through Hopper's tensor cores (skinny.hopper),
 with the norm as a kernel of its own. Sums are fp32 in a fixed order.
 """
 
@@ -26,25 +25,8 @@ from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
 from specserve_kernels.norm import rms_norm, rms_norm_ref
-from specserve_kernels.overlap import overlaps
+from specserve_kernels.overlap import overlaps, wait
 from specserve_kernels.skinny import hopper as skinny_hopper
-
-
-@triton.jit
-def _fetch(w, program, in_dim, out_dim, first, count, BN: tl.constexpr, GATED: tl.constexpr, THREADS: tl.constexpr):
-    """Asks for `count` columns from `first` on of the program's rows of W into L2; one thread a row does it."""
-    thread = tl.arange(0, THREADS)
-    rows = _weight_rows(thread // (THREADS // BN), program, out_dim, BN, GATED)
-    address = w + rows.to(tl.int64) * in_dim + first
-    size = tl.where(thread % (THREADS // BN) == 0, count * w.dtype.element_ty.primitive_bitwidth // 8, 0)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred some; setp.ne.u32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [address.to(tl.int64), size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -71,23 +53,17 @@ def _one_row_part(weight, x, gain, columns, in_dim, BN: tl.constexpr, BK: tl.con
 
 @triton.jit
 def _one_row_kernel(
-    x, w, out, gain, eps, in_dim, out_dim, fetch,
+    x, w, out, gain, eps, in_dim, out_dim,
     BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program p: BN rows of W times x [in]. fetch: how many columns after the first BK to ask for early."""
+    """Program p: BN rows of W times x [in]; the first BK columns are loaded while the kernels before still run."""
     program = tl.program_id(0)
     columns = tl.arange(0, BK)[None, :]
     rows = _weight_rows(tl.arange(0, BN), program, out_dim, BN, GATED)
     tile = w + rows.to(tl.int64)[:, None] * in_dim + columns
     first = tl.load(tile, mask=columns < in_dim, other=0.0)
-    if PDL:
-        _fetch(w, program, in_dim, out_dim, BK, fetch, BN, GATED, THREADS)
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        if not EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
+    wait(PDL)
     sums, squares = _one_row_part(first, x, gain, columns, in_dim, BN, BK, NORM)
     for start in tl.range(BK, in_dim, BK, num_stages=STAGES):
         weight = tl.load(tile + start, mask=columns + start < in_dim, other=0.0)
@@ -112,7 +88,7 @@ Norm = tuple[Tensor, Tensor]
 """RMSNorm before the product: its weight [in] and its eps []."""
 
 Cut = Mapping[str, int]
-"""How a product is cut: BN rows of W by BK columns at once; columns fetched early; stages of loads in flight; warps."""
+"""How a product is cut: BN rows of W by BK columns at once, stages of loads in flight, warps."""
 
 
 def skinny_linear_ref(x: Tensor, weight: Tensor, residual: Tensor | None, norm: Norm | None, gated: bool) -> Tensor:
@@ -125,7 +101,7 @@ def skinny_linear_ref(x: Tensor, weight: Tensor, residual: Tensor | None, norm: 
 
 def choose_cut(out_dim: int) -> Cut:
     """The cut for one row and W [out, in]: W's shares must occupy every multiprocessor several times over."""
-    return {"BN": 8 if out_dim > 4096 else 4, "BK": 1024, "fetch": 0, "stages": 1, "warps": 4}
+    return {"BN": 8 if out_dim > 4096 else 4, "BK": 1024, "stages": 2, "warps": 4}
 
 
 def skinny_linear_triton(
@@ -137,14 +113,12 @@ def skinny_linear_triton(
     out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, out_dim) if residual is None else residual
     cut = choose_cut(weight.shape[0]) if cut is None else cut
-    overlap = bool(cut.get("overlap", overlaps(x)))
+    overlap = overlaps(x)
     gain, eps = (x, x) if norm is None else norm
-    # Whole groups of 16 bytes, within a row.
-    fetch = max(min(cut["fetch"], in_dim - cut["BK"]), 0) // 8 * 8
     _one_row_kernel[(triton.cdiv(weight.shape[0], cut["BN"]),)](
-        x, weight, out, gain, eps, in_dim, out_dim, fetch, BN=cut["BN"], BK=cut["BK"], NORM=norm is not None,
-        RESIDUAL=residual is not None, GATED=gated, PDL=overlap, EARLY=bool(cut.get("early")),
-        THREADS=32 * cut["warps"], STAGES=cut["stages"], num_warps=cut["warps"],
+        x, weight, out, gain, eps, in_dim, out_dim, BN=cut["BN"], BK=cut["BK"], NORM=norm is not None,
+        RESIDUAL=residual is not None, GATED=gated, PDL=overlap,
+        STAGES=cut["stages"], num_warps=cut["warps"],
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return out
