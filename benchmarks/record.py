@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 
 
 def commit() -> str:
-    """The repository's commit, with "-dirty" where files differ from it; "" outside of a repository. The variable COMMIT
-    names it where the files are a copy without their history."""
+    """The repository's commit, with "-dirty" where files differ from it; "" outside of a repository. The variable
+    COMMIT names it where the files are a copy without their history."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
