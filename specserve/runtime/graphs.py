@@ -30,6 +30,11 @@ def buckets(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
+def output_bytes(max_rows: int, bytes_per_row: int, *, with_adapters: bool) -> int:
+    """What the graphs keep besides the memory that they share: each its own logits."""
+    return sum(buckets(max_rows)) * bytes_per_row * (2 if with_adapters else 1)
+
+
 class DecodeGraphs:
     """`capture` once, then `run` wherever `can_run` says so. `max_context`: no row's KV is ever longer."""
 

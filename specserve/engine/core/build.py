@@ -23,8 +23,8 @@ from specserve_adapters.manager import AdapterManager
 
 # Tokens that a step verifies at little more cost than its decode rows alone. On a CPU products of a few tokens are
 # already bound by arithmetic: measured with the bundled models, 8 rows of 3 tokens beat 8 of 5 and 8 of 1. On a GPU
-# further tokens are cheap, but drafting them is not while its passes are launched one kernel at a time: measured with an
-# 8B target and a 1B draft, four drafts made every batch size slower, so that nothing is drafted unasked.
+# further tokens are cheap, but drafting them is not while its passes are launched one kernel at a time: measured with
+# an 8B target and a 1B draft, four drafts made every batch size slower, so that nothing is drafted unasked.
 CHEAP_TOKENS = {"cpu": 24, "cuda": 0}
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}  # of a step, where no setting says
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from specserve.config import EngineConfig
 from specserve.core.errors import InvalidRequestError
 from specserve.device import free_memory, peak_memory
+from specserve.runtime.graphs import output_bytes
 from specserve.runtime.model_state import kv_bytes_per_block
 from specserve.runtime.runner import ModelRunner
 
@@ -34,12 +35,17 @@ def allocate_kv_caches(
 
 def _budget(config: EngineConfig, runner: ModelRunner, max_model_len: int, max_num_batched_tokens: int) -> int:
     """Bytes for the KV caches. On a GPU: what `gpu_memory_utilization` leaves beside the weights, the heaviest step,
-    and the graphs, which keep the memory of the largest decode step for themselves."""
+    and the graphs, which keep the memory of the largest decode step and their logits for themselves."""
     if runner.device.type == "cpu":
         return config.kv_cache_bytes
     for state in runner.states:
         state.allocate(1)  # all tokens of the trial go to block 0
     length = min(max_num_batched_tokens, max_model_len)
     heaviest = peak_memory(runner.device, lambda: runner.trial_step(max_num_batched_tokens // length, length))
-    graphs = peak_memory(runner.device, lambda: runner.trial_step(config.max_num_seqs, 1))
+    graphs = 0
+    if not config.enforce_eager:
+        spec = runner.target.model.spec
+        graphs = peak_memory(runner.device, lambda: runner.trial_step(config.max_num_seqs, 1)) + output_bytes(
+            config.max_num_seqs, spec.vocab_size * spec.dtype.itemsize, with_adapters=config.max_loras > 0
+        )
     return max(0, free_memory(runner.device, config.gpu_memory_utilization) - heaviest - graphs)
