@@ -25,7 +25,7 @@ BUCKET_STEP = 8
 
 def buckets(max_rows: int) -> list[int]:
     """Numbers of rows that graphs are captured for: 1, 2, 4, then every multiple of 8 up to `max_rows`, which is the
-    last. At 8 rows and more, padding costs less than 8 rows' worth of KV, which is nothing: they are one token long."""
+    last. A row of padding costs next to nothing: products read the same weights, and its cache is one token."""
     sizes = (*SMALL_BUCKETS, *range(BUCKET_STEP, max_rows, BUCKET_STEP))
     return [size for size in sizes if size < max_rows] + [max_rows]
 
