@@ -10,7 +10,7 @@ import torch
 
 from specserve_kernels.attention.decode import DecodeRun, Tile, decode_attention_triton, prepare_decode
 from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
-from specserve_kernels.attention.plan import FIELDS, schedule
+from specserve_kernels.attention.plan import FIELDS, multiprocessors, schedule
 from specserve_kernels.tolerances import OP
 
 SMALL = Tile(16, 4, 3, 3)  # so that few keys are many tiles
@@ -156,7 +156,7 @@ def test_items_cover_every_key_once(device: torch.device, lens: tuple[tuple[int,
     given.attend(run, None)
     items = run.plans[None].tolist()
     used = [item for item in items if item[4] > 0]
-    assert len(items) <= schedule(len(lens), 2, 10**6, 12).capacity
+    assert len(items) <= schedule(len(lens), 2, 10**6, 3 * multiprocessors(device)).capacity
     for i, first_token in enumerate(given.meta.query_start.tolist()[:-1]):
         parts = [item for item in used if item[0] == first_token]
         assert [part[3] for part in parts] == [0, *(part[4] for part in parts[:-1])]
