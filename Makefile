@@ -73,7 +73,7 @@ bench-engine: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure decode 
 	$(BIN)/python -m benchmarks.engine $(PAIRS)/pair --twin $(PAIRS)/twin --mode $(MODE)
 
 bench-kernels: $(INSTALLED) ## Measure each kernel on a GPU against its floor: ONLY=norm,lora
-	$(BIN)/python -m benchmarks.kernels $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m benchmarks.ops $(if $(ONLY),--only $(ONLY))
 
 profile: $(PAIRS)/pair/pair.json ## Show where a decode step's time goes: MODE=lora8_spec4 BATCH=8
 	$(BIN)/python -m benchmarks.step_profile $(PAIRS)/pair --mode $(firstword $(subst $(COMMA), ,$(MODE))) --batch $(BATCH)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import __main__ as command
-from benchmarks.kernels import activation, attention, norm, qkv, sampling, skinny, top_k_top_p
-from benchmarks.kernels import case as cases
-from benchmarks.kernels.__main__ import OPS, main, run
-from benchmarks.kernels.case import SMALL, Case, Setting, copies, differing, relative
-from benchmarks.kernels.timing import Rates, micros
+from benchmarks.ops import __main__ as command
+from benchmarks.ops import activation, attention, norm, qkv, sampling, skinny, top_k_top_p
+from benchmarks.ops import case as cases
+from benchmarks.ops.__main__ import OPS, main, run
+from benchmarks.ops.case import SMALL, Case, Setting, copies, differing, relative
+from benchmarks.ops.timing import Rates, micros
 
 TINY = replace(SMALL, rows=(1, 2), prompt=16 * 17)
 

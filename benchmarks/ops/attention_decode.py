@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.kernels.attention import case
-from benchmarks.kernels.case import Case, Setting
+from benchmarks.ops.attention import case
+from benchmarks.ops.case import Case, Setting
 
 DRAFTS = 4
 

@@ -1,6 +1,6 @@
 """Each kernel's time on an 8B shape against its floor on this device, and its error against its reference.
 
-    python -m benchmarks.kernels [--only norm,attention_decode] [--results FILE]
+    python -m benchmarks.ops [--only norm,attention_decode] [--results FILE]
 
 A time is the median of replays of a CUDA graph, whose calls take turns on so many buffers that the L2 cache does not
 help. The floor is the larger of (bytes that must move) / (rate of a large copy) and (operations) / (rate of a large
@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 import torch
 
-from benchmarks.kernels import (
+from benchmarks.ops import (
     activation,
     attention_decode,
     attention_prefill,
@@ -30,8 +30,8 @@ from benchmarks.kernels import (
     skinny,
     top_k_top_p,
 )
-from benchmarks.kernels.case import FULL, SMALL, Case, Cases, Setting
-from benchmarks.kernels.timing import Rates, measure_rates, micros
+from benchmarks.ops.case import FULL, SMALL, Case, Cases, Setting
+from benchmarks.ops.timing import Rates, measure_rates, micros
 from benchmarks.record import append, surroundings
 from specserve_kernels.tolerances import OP
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Setting, copies, count
+from benchmarks.ops.case import Case, Setting, copies, count
 from specserve_kernels.sampling.selection import top_k_top_p, top_k_top_p_ref
 
 TOP_K = 50

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Setting, copies, count, relative
+from benchmarks.ops.case import Case, Setting, copies, count, relative
 from specserve_kernels.qkv import rotate_and_cache, rotate_and_cache_ref
 
 

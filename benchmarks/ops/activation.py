@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.kernels.case import Case, Setting, copies, count, relative
+from benchmarks.ops.case import Case, Setting, copies, count, relative
 from specserve_kernels.activation import silu_mul, silu_mul_ref
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Setting, copies, count, differing
+from benchmarks.ops.case import Case, Setting, copies, count, differing
 from specserve_kernels.sampling.rejection import verify, verify_ref
 
 DRAFTS = 4

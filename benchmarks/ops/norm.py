@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels.case import Case, Setting, copies, count, relative
+from benchmarks.ops.case import Case, Setting, copies, count, relative
 from specserve_kernels.norm import rms_norm, rms_norm_ref
 
 

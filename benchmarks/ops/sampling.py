@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels.case import Case, Setting, copies, count, differing, relative
+from benchmarks.ops.case import Case, Setting, copies, count, differing, relative
 from specserve_kernels.sampling.random import Stream
 from specserve_kernels.sampling.tokens import (
     draft_sample,

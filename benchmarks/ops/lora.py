@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Setting, copies, count, relative
+from benchmarks.ops.case import Case, Setting, copies, count, relative
 from specserve_kernels.dispatch import runs_triton
 from specserve_kernels.lora.grouped import SlotFactors, grouped_lora, grouped_lora_ref
 

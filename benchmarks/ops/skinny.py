@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Setting, copies, relative
+from benchmarks.ops.case import Case, Setting, copies, relative
 from specserve_kernels.skinny.linear import is_skinny, skinny_linear, skinny_linear_ref
 
 ROWS = (1, 8, 32)

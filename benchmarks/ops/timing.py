@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.kernels.case import Call
+from benchmarks.ops.case import Call
 
 CALLS = 20
 REPLAYS = 9

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Setting, copies, relative
+from benchmarks.ops.case import Case, Setting, copies, relative
 from specserve_kernels.attention.paged import AttentionMetadata, AttentionShape, paged_attention, prepare
 
 BLOCK = 16
