@@ -106,9 +106,3 @@ def capturing(device: torch.device) -> Iterator[Any]:
         if was_enabled:
             gc.enable()
         torch.cuda.synchronize(device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for everything queued on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -37,7 +37,6 @@ class Attention:
         head_norm: HeadNorm | None,
         *,
         heads: int,
-        kv_heads: int,
         head_dim: int,
         window: int | None = None,
     ) -> None:

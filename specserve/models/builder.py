@@ -85,7 +85,7 @@ class _Builder:
         out = self._linear(layer, prefix, queries, {"self_attn.o_proj": spec.hidden_size}, bias=shape.out_bias)
         return Attention(
             layer, qkv, out, self._head_norm(prefix + "self_attn.") if shape.head_norm else None,
-            heads=spec.num_heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+            heads=spec.num_heads, head_dim=spec.head_dim,
             window=shape.windows[layer] if shape.windows else None,
         )  # fmt: skip
 
