@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
 
 
@@ -20,6 +21,7 @@ def silu_mul_ref(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+@relaunched
 @triton.jit
 def _silu_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """BLOCK results of one token a program."""

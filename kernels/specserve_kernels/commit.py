@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 
 
 def commit_tokens_ref(
@@ -26,6 +27,7 @@ def commit_tokens_ref(
     return torch.cat((counts.unsqueeze(1), tokens), dim=1)
 
 
+@relaunched
 @triton.jit
 def _commit_kernel(
     history, num_tokens, rows, tokens, counts, packed, width, stride,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 
 BLOCK = 1024
 
@@ -17,6 +18,7 @@ def gather_rows_ref(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index)
 
 
+@relaunched
 @triton.jit
 def _gather_rows_kernel(table, index, out, width, BLOCK: tl.constexpr):
     """Program (t, c): columns c * BLOCK … of row index[t]."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 
 BLOCK = 128
 
@@ -46,6 +47,7 @@ def gather_inputs_ref(
     return TokenInputs(tables.history[token_rows, positions], positions.clamp(max=last_position), slots)
 
 
+@relaunched
 @triton.jit
 def _gather_inputs_kernel(
     token_rows, positions, num_tokens, history, block_tables, input_ids, places, slots,

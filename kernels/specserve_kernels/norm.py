@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
 
 
@@ -27,6 +28,7 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     return (x * inverse).mul_(weight).to(x.dtype)
 
 
+@relaunched
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     x_ptr, weight_ptr, eps_ptr, out_ptr, rows,

@@ -18,6 +18,7 @@ from torch import Tensor
 from specserve_kernels.dispatch import backend
 from specserve_kernels.kv_cache import write_kv_ref
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 from specserve_kernels.norm import rms_norm_ref
 from specserve_kernels.overlap import overlaps, wait
 from specserve_kernels.rotary import rotary_ref
@@ -47,6 +48,7 @@ def _finite(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
+@relaunched
 @triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
 def _rotate_and_cache_kernel(
     qkv_ptr, cos_ptr, sin_ptr, weight_ptr, eps_ptr, slot_ptr, q_ptr, k_ptr, v_ptr, k_stride, v_stride,

@@ -24,9 +24,11 @@ from specserve_kernels.attention.interface import AttentionMetadata, AttentionSh
 from specserve_kernels.attention.part import attend, locate, prefetch
 from specserve_kernels.attention.plan import FIELDS, multiprocessors, plan_triton, schedule
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
 
 
+@relaunched
 @triton.jit(do_not_specialize=["window", "table_stride", "rows", "fresh"])
 def _decode_kernel(
     q_ptr,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specserve_kernels.attention.interface import AttentionMetadata
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 
 FIELDS = 8
 """int32 numbers an item has: 32 bytes, one sector of memory."""
@@ -38,6 +39,7 @@ class Schedule(NamedTuple):
 _NUMBERS = ["first_seq", "num_seqs", "window", "capacity", "shortest", "counters_each", "tile"]
 
 
+@relaunched
 @triton.jit(do_not_specialize=_NUMBERS)
 def _plan_kernel(
     positions,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specserve_kernels.attention.prefill_tiles import SEQS, locate
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 
 
 @triton.jit
@@ -83,6 +84,7 @@ def _attend(
     return acc, total, peak
 
 
+@relaunched
 @triton.jit(
     do_not_specialize=["first_seq", "num_seqs", "window"],
     do_not_specialize_on_alignment=["rows", "query_start", "positions"],

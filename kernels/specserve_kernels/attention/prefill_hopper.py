@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from specserve_kernels.attention.interface import AttentionShape
 from specserve_kernels.attention.prefill_groups import consume, produce
 from specserve_kernels.attention.prefill_tiles import FIELDS
 from specserve_kernels.language import triton
+from specserve_kernels.launch import relaunched
 
 try:
     from triton.experimental import gluon
@@ -45,6 +45,7 @@ def _barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
     return barriers
 
 
+@relaunched
 @gluon.jit(do_not_specialize=["items"])
 def _prefill_kernel(
     q_ptr, k_desc, v_desc, block_tables, tiles, out_ptr, items, scale, q_stride, out_stride, table_stride,
@@ -104,13 +105,10 @@ def prefill_attention_hopper(
     block_size: int,
     scale: float,
     programs: int | None,
-    compiled: Any = None,
-) -> Any:
+) -> None:
     """prefill_attention_triton where `takes` allows it; tiles: of list_tiles, for tile_queries.
 
     programs: how many share the tiles, one on a multiprocessor; None: as many as there are tiles times KV heads.
-    Returns the compiled kernel. It may be given to further calls with tensors of the same shapes, strides and dtypes:
-    they save what Triton takes to find it, more time than a short prompt takes on the GPU.
     """
     _, heads, head_dim = q.shape
     slots, kv_heads, _ = k_cache.shape
@@ -122,9 +120,7 @@ def prefill_attention_hopper(
     items = tiles.shape[0] * kv_heads
     grid = (min(programs or items, items), 1, 1)
     numbers = items, scale * math.log2(math.e), q.stride(0), out.stride(0), block_tables.stride(0)
-    constants = kv_heads, FIELDS, groups, head_dim // 64, _ROWS, _KEYS, page, block_size, _STAGES
-    arguments = q, k_desc, v_desc, block_tables, tiles, out, *numbers, *constants
-    if compiled is None:
-        return _prefill_kernel[grid](*arguments, num_warps=4)
-    compiled[grid](*arguments)
-    return compiled
+    _prefill_kernel[grid](
+        q, k_desc, v_desc, block_tables, tiles, out, *numbers, KV_HEADS=kv_heads, FIELDS=FIELDS, GROUPS=groups,
+        HALVES=head_dim // 64, ROWS=_ROWS, BLOCK_N=_KEYS, PAGE=page, BLOCK_SIZE=block_size, STAGES=_STAGES, num_warps=4,
+    )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -20,10 +19,9 @@ tiles. With more keys it matters that the GPU gives the next tile to the program
 
 @dataclass(slots=True)
 class HopperRun:
-    """What the first layer leaves to the others: the tiles, and the kernel that was found for them."""
+    """What the first layer leaves to the others."""
 
     tiles: Tensor | None = None
-    compiled: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +56,9 @@ def prefill_attention(
             tile_queries = attention_prefill_hopper.tile_queries(q.shape[1] // k_cache.shape[1])
             hopper.tiles = list_tiles(meta.query_start, meta.rows, meta.positions, lens, run.first_seq, tile_queries)
         programs = multiprocessors(q.device) if run.max_context <= _STAY else None
-        hopper.compiled = attention_prefill_hopper.prefill_attention_hopper(
+        attention_prefill_hopper.prefill_attention_hopper(
             q, k_cache, v_cache, meta.block_tables, hopper.tiles, out,
-            block_size=meta.block_size, scale=scale, programs=programs, compiled=hopper.compiled,
+            block_size=meta.block_size, scale=scale, programs=programs,
         )  # fmt: skip
         return
     prefill_attention_triton(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 
 SEQS = 64  # query starts looked at together while a program finds its sequence
 FIELDS = 8
@@ -34,6 +35,7 @@ def locate(query_start, first_seq, num_seqs, tile, TILE_Q: tl.constexpr, SEQS: t
     return seq, first, tile - ((first - origin) // TILE_Q).to(tl.int32) - (count - 1)
 
 
+@relaunched
 @triton.jit(
     do_not_specialize=["first_seq", "num_seqs"],
     do_not_specialize_on_alignment=["rows", "query_start", "positions"],
