@@ -52,6 +52,8 @@ class LoadAdapter(msgspec.Struct, tag="load", frozen=True, kw_only=True):
     draft_path: str | None = None  # default: the folder's subfolder draft/, if there is one
     pinned: bool = False
     replace: bool = False
+    weight: float = 1.0  # its share of tokens beside other adapters that have requests waiting; > 0
+    read: bool = True  # False: only look at the folder; the first request that needs it reads it
 
 
 class UnloadAdapter(msgspec.Struct, tag="unload", frozen=True, kw_only=True):
@@ -70,9 +72,10 @@ class PinAdapter(msgspec.Struct, tag="pin", frozen=True, kw_only=True):
 
 
 class ListAdapters(msgspec.Struct, tag="list", frozen=True, kw_only=True):
-    """Answered by a Reply whose `adapters` holds every registered adapter."""
+    """Answered by a Reply whose `adapters` holds every registered adapter, or the one asked for, if there is one."""
 
     call_id: int
+    name: str | None = None
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
@@ -137,10 +140,12 @@ class AdapterInfo(msgspec.Struct, kw_only=True):
     name: str
     path: str
     version: str  # content hash of config and weights, target and companion; "" before the first read
-    tier: Literal["disk", "host", "device"]
+    tier: Literal["disk", "host", "device"]  # where requests find it; one that is on its way is still where it was
+    state: Literal["reading", "loading"] | None = None  # on its way from disk to host memory, or to the device
     slot: int | None = None
     rank: int = 0
     num_bytes: int = 0
+    weight: float = 1.0
     pinned: bool = False
     has_draft: bool = False
     running: int = 0
@@ -151,8 +156,26 @@ class AdapterInfo(msgspec.Struct, kw_only=True):
     last_used: float | None = None  # seconds since the epoch
 
 
+class AdapterTierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The tiers of adapters as a whole: what is full now, and monotonic counters since start."""
+
+    host_bytes: int = 0
+    max_host_bytes: int = 0
+    slots: int = 0
+    slots_used: int = 0  # that hold an adapter, in use or warm
+    reads: int = 0  # folders read into host memory, well or badly
+    read_seconds: float = 0.0
+    loads: int = 0  # copies from host memory into a slot
+    load_seconds: float = 0.0
+    evictions_host: int = 0  # for room; unloads and reloads are none
+    evictions_device: int = 0
+
+
 class EngineStats(msgspec.Struct, kw_only=True):
-    """Gauges and monotonic counters since start; sent with outputs, at most every 100 ms and at idle."""
+    """Gauges and monotonic counters since start; sent with outputs, at most every 100 ms and at idle.
+
+    Of adapters an engine tells what changed since it last told: all of them at first, then few of a thousand.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -168,7 +191,9 @@ class EngineStats(msgspec.Struct, kw_only=True):
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     accepted_per_pos: list[int] = []
-    adapters: list[AdapterInfo] = []
+    adapters: list[AdapterInfo] = []  # those that are new or changed; in the client's view, all
+    removed_adapters: list[str] = []  # to be taken out before `adapters` is put in: a name may be both
+    adapter_tiers: AdapterTierStats = AdapterTierStats()
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
