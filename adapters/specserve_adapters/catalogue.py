@@ -87,6 +87,7 @@ def adapter_info(record: NameRecord, slot: int | None) -> AdapterInfo:
         slot=slot,
         rank=record.rank,
         num_bytes=record.num_bytes,
+        weight=record.weight,
         pinned=record.pinned,
         has_draft=record.has_draft,
         running=record.running,

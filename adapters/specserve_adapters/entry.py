@@ -36,6 +36,7 @@ class NameRecord:
     name: str
     source: AdapterSource
     pinned: bool = False
+    weight: float = 1.0  # share of tokens beside other adapters, > 0
     current: Entry | None = None  # what the next request gets; None: a new entry, to be read from disk
     version: str = ""  # these four: as of the last read
     rank: int = 0
@@ -81,6 +82,7 @@ class LoadTicket:
     source: AdapterSource
     pinned: bool = False
     replace: bool = False
+    weight: float = 1.0
     done: bool = False
     error: SpecserveError | None = None
 

@@ -80,7 +80,9 @@ class AdapterManager:
 
     # --- names ---------------------------------------------------------------------------------------------------
 
-    def register(self, name: str, path: str | Path, draft_path: str | Path | None = None) -> None:
+    def register(
+        self, name: str, path: str | Path, draft_path: str | Path | None = None, *, weight: float = 1.0
+    ) -> None:
         """Make `name` known; its folder is looked at, and read when a request first needs it.
 
         Raises AdapterError: a file is missing, or the name stands for another folder.
@@ -88,7 +90,7 @@ class AdapterManager:
         source = _source(name, path, draft_path)
         check_source(source, self._settings)
         self._names.check(source, replace=False)
-        self._names.add(source)
+        self._names.add(source).weight = weight
 
     def load(
         self,
@@ -98,6 +100,7 @@ class AdapterManager:
         draft_path: str | Path | None = None,
         pinned: bool = False,
         replace: bool = False,
+        weight: float = 1.0,
     ) -> LoadTicket:
         """Begin to read a folder; `name` means it from the poll() on that returns the ticket without an error.
 
@@ -105,7 +108,7 @@ class AdapterManager:
         AdapterError when the name stands for another folder and `replace` is false, AdapterBusyError when `pinned` and
         no slot can be pinned; the same may come as the ticket's error if it became true meanwhile.
         """
-        ticket = LoadTicket(name, _source(name, path, draft_path), pinned, replace)
+        ticket = LoadTicket(name, _source(name, path, draft_path), pinned, replace, weight)
         self._names.check(ticket.source, replace)
         if pinned:
             self._check_pin(self._names.find(name), ticket)
@@ -227,6 +230,10 @@ class AdapterManager:
         """
         return merge_uses(uses)
 
+    def weight_of(self, uses: Uses) -> float:
+        """The share of tokens that requests with these adapters get beside others: the smallest of theirs."""
+        return min((use.entry.record.weight for use in uses), default=1.0)
+
     def host(self, version: str) -> tuple[HostAdapter, HostAdapter | None]:
         """Target LoRA and companion of a version that an AdapterLoad names."""
         stored = self._tiers.store.get(version)
@@ -310,6 +317,7 @@ class AdapterManager:
             record.current = Entry(record, ticket.source, stored.version)
         record.source = ticket.source
         record.pinned = record.pinned or ticket.pinned
+        record.weight = ticket.weight
         _describe(record, stored)
         self._finish(ticket, None)
         self._tiers.keep_only(self._names.versions())
