@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specserve.core.errors import AdapterError
 from specserve_adapters.adapter_files import AdapterFiles, read_files
-from specserve_adapters.host_adapter import HostAdapter
+from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, unpack, write_places
 from specserve_adapters.peft_config import PeftConfig, parse_config
 from specserve_adapters.spec import LinearSpec, ModuleKey
 
@@ -59,7 +59,7 @@ def parse_adapter(
             raise AdapterError(f"{module} has rank {rank}; the largest that is served here is {max_rank}.")
         _check_tensor(_tensor_name(module, "A"), a, (rank, in_features))
         _check_tensor(_tensor_name(module, "B"), b, (out_features, rank))
-    return _pack(config, modules, tensors, dtype, pin_memory)
+    return _pack(config, specs, tensors, dtype, pin_memory)
 
 
 def _modules(specs: Iterable[LinearSpec]) -> Modules:
@@ -133,12 +133,15 @@ def _check_tensor(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:
 
 def _pack(
     config: PeftConfig,
-    modules: Modules,
+    specs: Sequence[LinearSpec],
     tensors: Mapping[str, tuple[Tensor, Tensor]],
     dtype: torch.dtype,
     pin_memory: bool,
 ) -> HostAdapter:
-    blob = torch.empty(sum(a.numel() + b.numel() for a, b in tensors.values()), dtype=dtype, pin_memory=pin_memory)
+    modules, count = _modules(specs), num_modules(specs)
+    size = sum(a.numel() + b.numel() for a, b in tensors.values()) * dtype.itemsize
+    payload = torch.empty(head_bytes(count) + size, dtype=torch.uint8, pin_memory=pin_memory)
+    blob = unpack(payload, count, dtype)[1]
     factors: dict[ModuleKey, tuple[Tensor, Tensor]] = {}
     offset = 0
     for module, (a, b) in tensors.items():
@@ -151,7 +154,8 @@ def _pack(
             if not bool(view.isfinite().all()):
                 raise AdapterError(f"Tensor {_tensor_name(module, side)} overflows {_short(dtype)}, alpha included.")
         factors[modules[module][0]] = (a_view, b_view)
-    return HostAdapter(blob, factors, rank=max(a.shape[0] for a, _ in factors.values()))
+    write_places(payload, specs, blob, factors)
+    return HostAdapter(blob, factors, max(a.shape[0] for a, _ in factors.values()), payload)
 
 
 def _tensor_name(module: str, side: str) -> str:

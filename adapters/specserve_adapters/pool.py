@@ -1,12 +1,14 @@
 """The device tier: adapter slots as tensors, one pair per linear, and the batches that address them.
 
-Linear i has P parts (modules merged into it). Part p of slot s owns rank rows (s * P + p) * R … + R of
-a [S * P * R, in_features] and b [S * P * R, out_features], where S is the number of slots and R the largest rank;
-rows of b are zero outside their part's columns, rows beyond an adapter's rank are zero in both. So the adapter's
-product over a merged linear is one pair of matrix products over the rows in use, of their real ranks only.
+Linear i has P parts (modules merged into it); S is the number of slots, R the largest rank. On a CPU part p of slot s
+owns rank rows (s * P + p) * R … + R of a [S * P * R, in_features] and b [S * P * R, out_features]; rows of b are zero
+outside their part's columns, rows beyond an adapter's rank are zero in both. So the adapter's product over a merged
+linear is one pair of matrix products over the rows in use, of their real ranks only.
 
-On a GPU b is kept as `specserve_kernels.lora_grouped.SlotFactors` says, without the zeros, and the ranks of the slots
-lie on the device: batches are then made there, from the slots that the rows have at the time a graph is replayed.
+On a GPU (`grouped`) b is [S * R, out_features]: row s * R + r holds rank r of slot s over all merged columns, the
+parts' Bᵀ side by side. R is a multiple of 16 there, and a slot's rows are zero from each module's rank to the adapter's
+rounded up to 16; what lies beyond is not read. The ranks of the slots lie on the device: batches are made there, from
+the slots that the rows have at the time a graph is replayed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specserve_adapters.host_adapter import HostAdapter
+from specserve_adapters.host_adapter import RANK_BLOCK, HostAdapter, head_bytes, num_modules, round_up, unpack
 from specserve_adapters.spec import LinearSpec
 from specserve_kernels.dispatch import backend
 from specserve_kernels.lora.batch import Factors, LoraBatch
@@ -47,11 +49,11 @@ class AdapterPool:
         self.max_rank = max_rank
         self.slot_ranks = torch.zeros(num_slots, dtype=torch.int64, device=device)  # 0: empty
         self.grouped = backend(torch.empty(0, dtype=dtype, device=device), ("torch", "triton")) == "triton"
-        rows = [num_slots * len(spec.parts) * max_rank for spec in self.specs]
-        a_shapes = [(n, spec.in_features) for n, spec in zip(rows, self.specs, strict=True)]
+        self._rank_stride = round_up(max_rank, RANK_BLOCK) if self.grouped else max_rank
+        a_shapes = [(num_slots * len(spec.parts) * self._rank_stride, spec.in_features) for spec in self.specs]
         b_shapes = [
-            (num_slots, max_rank * spec.out_features) if self.grouped else (n, spec.out_features)
-            for n, spec in zip(rows, self.specs, strict=True)
+            (num_slots * (1 if self.grouped else len(spec.parts)) * self._rank_stride, spec.out_features)
+            for spec in self.specs
         ]
         sizes = [math.prod(shape) for pair in zip(a_shapes, b_shapes, strict=True) for shape in pair]
         # One allocation, so that a slot is loaded by one kernel that knows places by their offsets.
@@ -73,19 +75,45 @@ class AdapterPool:
         self._rows: dict[int, Tensor] = {}
         self._factors: list[Factors | None] | None = None
         self._batches: dict[tuple[object, object], LoraBatch] = {}
+        if self.grouped and num_slots:
+            self._prepare_loads()
+
+    def _prepare_loads(self) -> None:
+        """What every load needs, made once: the modules' places in the store, and room for one adapter on its way."""
+        modules, stride = num_modules(self.specs), self._rank_stride
+        largest = sum((len(spec.parts) * spec.in_features + spec.out_features) for spec in self.specs) * self.max_rank
+        size = head_bytes(modules) + largest * self._store.element_size()
+        self._staging = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        rows: list[tuple[int, ...]] = []
+        for spec, (a, b) in zip(self.specs, self.linears, strict=True):
+            in_features, out_features, parts = spec.in_features, spec.out_features, len(spec.parts)
+            to_a, to_b = int(a.storage_offset()), int(b.storage_offset())
+            for _, width in spec.parts:
+                steps = (parts * stride * in_features, stride * out_features)
+                rows.append((to_a, to_b, *steps, in_features, width, out_features))
+                to_a += stride * in_features
+                to_b += width
+        self._layout = torch.tensor(rows, dtype=torch.int64).to(self._device)
+        self._align = 8 if all(size % 8 == 0 for row in rows for size in row) else 1
+        self._load_payload(0, 0)  # empty: Triton compiles the kernel now and not under the first adapter
 
     @torch.inference_mode()
     def load_slot(self, slot: int, adapter: HostAdapter | None) -> None:
-        """Overwrite the whole of `slot` with `adapter`; None empties it. The host does not wait for the device."""
+        """Overwrite the whole of `slot` with `adapter`; None empties it. The host does not wait for the device.
+
+        On a GPU all loads of a pool share one piece of memory: they belong on one stream, or behind each other.
+        """
         assert 0 <= slot < self.num_slots
         assert adapter is None or adapter.rank <= self.max_rank
         self._forget_batches()
         self._ranks[slot] = adapter.rank if adapter is not None else 0
-        self.slot_ranks[slot : slot + 1].fill_(self._ranks[slot])
         if self.grouped:
-            if adapter is not None:
-                self._load_grouped(slot, adapter)
+            if adapter is not None:  # it travels as it lies and is taken apart on the device, however many modules
+                self._staging[: adapter.payload.numel()].copy_(adapter.payload, non_blocking=True)
+                self._load_payload(slot, adapter.rank)
+            self.slot_ranks[slot : slot + 1].fill_(self._ranks[slot])
             return
+        self.slot_ranks[slot] = self._ranks[slot]
         for spec, (a, b) in zip(self.specs, self.linears, strict=True):
             first = slot * len(spec.parts) * self.max_rank
             for tensor in (a, b):
@@ -109,29 +137,10 @@ class AdapterPool:
             row += self.max_rank
             column += width
 
-    def _load_grouped(self, slot: int, adapter: HostAdapter) -> None:
-        """The blob travels as it lies and is taken apart on the device: three operators, however many modules."""
-        table = torch.tensor(self._load_table(slot, adapter), dtype=torch.int64)
-        if self._device.type == "cuda":
-            table = table.pin_memory()
-        blob = adapter.blob.to(self._device, non_blocking=True)
-        load_slot(self._store, blob, table.to(self._device, non_blocking=True))
-
-    def _load_table(self, slot: int, adapter: HostAdapter) -> list[tuple[int, ...]]:
-        table: list[tuple[int, ...]] = []
-        for spec, (a, b) in zip(self.specs, self.linears, strict=True):
-            to_a = int(a.storage_offset()) + slot * len(spec.parts) * self.max_rank * spec.in_features
-            to_b = int(b.storage_offset()) + slot * self.max_rank * spec.out_features
-            for key, (_, width) in zip(spec.keys, spec.parts, strict=True):
-                from_a = from_b = rank = 0
-                if key in adapter.factors:
-                    a_part, b_part = adapter.factors[key]
-                    rank, start = a_part.shape[0], int(adapter.blob.storage_offset())
-                    from_a, from_b = int(a_part.storage_offset()) - start, int(b_part.storage_offset()) - start
-                table.append((from_a, from_b, to_a, to_b, spec.in_features, width, rank, adapter.rank))
-                to_a += self.max_rank * spec.in_features
-                to_b += self.max_rank * width
-        return table
+    def _load_payload(self, slot: int, rank: int) -> None:
+        """From the staging memory to the slot."""
+        places, blob = unpack(self._staging, len(self._layout), self._store.dtype)
+        load_slot(self._store, blob, places, self._layout, slot, round_up(rank, RANK_BLOCK), self._align)
 
     def device_batch(self, token_rows: Tensor, row_slots: Tensor, row_weights: Tensor) -> GroupedLora:
         """What the linears need to apply adapters to T = len(token_rows) tokens, all of it read on the device.
@@ -141,7 +150,7 @@ class AdapterPool:
         so that a replay sees the rows and slots of its own time. Where `grouped` is False, see `make_batch`.
         """
         assert self.grouped, "slots lie as make_batch reads them"
-        return grouped_lora(self._slot_factors, self.max_rank, self.slot_ranks, token_rows, row_slots, row_weights)
+        return grouped_lora(self._slot_factors, self._rank_stride, self.slot_ranks, token_rows, row_slots, row_weights)
 
     def make_batch(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> LoraBatch | None:
         """What the linears need to apply adapters to T = sum(query_lens) tokens, or None if no row has any.

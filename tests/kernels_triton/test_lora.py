@@ -1,4 +1,4 @@
-"""LoRA grouped on the device against slot by slot in float64; the pool that feeds it against loops over modules."""
+"""LoRA grouped on the device against slot by slot in float64."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specserve_adapters import pool as pool_module
-from specserve_adapters.host_adapter import HostAdapter
-from specserve_adapters.pool import AdapterPool
-from specserve_adapters.spec import LinearSpec, ModuleKey
 from specserve_kernels.lora import grouped as lora_grouped
-from specserve_kernels.lora import load as lora_load
 from specserve_kernels.lora.grouped import SlotFactors, grouped_lora, grouped_lora_ref
-from specserve_kernels.lora.load import load_slot_ref, load_slot_triton
 from specserve_kernels.lora.tiles import NONE, lora_tiles
 from specserve_kernels.tolerances import OP
 
@@ -147,97 +141,6 @@ def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
     second = apply(mix, huge)
     assert not second[~row_3].isfinite().all()
     assert torch.equal(second[row_3], first[row_3])
-
-
-SPECS = [LinearSpec(0, 12, (("q", 8), ("k", 4), ("v", 5))), LinearSpec(0, 8, (("o", 12),))]
-
-
-def adapter(ranks: dict[str, int], dtype: torch.dtype, seed: int) -> HostAdapter:
-    modules = [(spec, *named) for spec in SPECS for named in zip(spec.keys, spec.parts, strict=True)]
-    sizes = [ranks.get(name, 0) * n for spec, _, (name, width) in modules for n in (spec.in_features, width)]
-    blob = randn(sum(sizes), dtype=dtype, device=torch.device("cpu"), seed=seed) * 0.3
-    flat = blob.split(sizes)
-    made: dict[ModuleKey, tuple[Tensor, Tensor]] = {
-        key: (a.view(ranks[name], spec.in_features), b.view(width, ranks[name]))
-        for a, b, (spec, key, (name, width)) in zip(flat[::2], flat[1::2], modules, strict=True)
-        if name in ranks
-    }
-    return HostAdapter(blob, made, max(ranks.values()))
-
-
-def by_hand(index: int, x: Tensor, y: Tensor, rows: list[list[tuple[HostAdapter, float]]]) -> Tensor:
-    out = y.double().cpu()
-    for token, row in enumerate(rows):
-        for lora, weight in row:
-            column = 0
-            for key, (_, width) in zip(SPECS[index].keys, SPECS[index].parts, strict=True):
-                if key in lora.factors:
-                    a, b = (factor.double() for factor in lora.factors[key])
-                    out[token, column : column + width] += weight * (b @ (a @ x[token].double().cpu()))
-                column += width
-    return out.to(y)
-
-
-def test_pool(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules without LoRA and of smaller rank, slots used before; a slot loaded anew is seen by the next forward."""
-    monkeypatch.setattr(pool_module, "backend", lambda *_: "triton")
-    monkeypatch.setattr(pool_module, "load_slot", load_slot_triton)
-    dtype = torch.float32
-    pool = AdapterPool(SPECS, 3, 5, dtype, device)
-    full = adapter({"q": 5, "k": 5, "v": 5, "o": 5}, dtype, 0)
-    part, other = adapter({"q": 2, "v": 4}, dtype, 2), adapter({"o": 1, "k": 3}, dtype, 4)
-    token_rows = torch.tensor([1, 0, 1, 2], device=device)
-    row_slots = torch.tensor([[0, -1], [2, 0], [-1, -1]], device=device)
-    row_weights = torch.tensor([[1.0, 0.0], [0.5, -2.0], [3.0, 3.0]], device=device)
-    for first, second in ((full, full), (part, other), (full, part)):
-        pool.load_slot(0, first)
-        pool.load_slot(2, second)
-        both = [(second, 0.5), (first, -2.0)]
-        check_pool(pool, (token_rows, row_slots, row_weights), [both, [(first, 1.0)], both, []])
-    pool.clear_slot(0)
-    half = [(part, 0.5)]
-    check_pool(pool, (token_rows, row_slots, row_weights), [half, [], half, []])
-    with pytest.raises(AssertionError, match="device_batch"):
-        pool.make_batch([()], [1])
-
-
-def test_loading(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel and its reference over what lay there before: ranks from 0 to the slot's, several blocks a program."""
-    monkeypatch.setattr(lora_load, "_PROGRAMS", 2)
-    blob = randn(40_000, dtype=torch.float32, device=device)
-    table = [[0, 300, 7, 800, 100, 50, 3, 5], [9, 9, 1600, 2000, 64, 9, 0, 2], [500, 0, 3000, 5000, 300, 700, 4, 6]]
-    stores = [randn(10_000, dtype=torch.float32, device=device, seed=1) for _ in range(2)]
-    for store, load in zip(stores, (load_slot_triton, load_slot_ref), strict=True):
-        load(store, blob, torch.tensor(table, device=device))
-    assert torch.equal(*stores)
-
-
-def test_loading_does_not_wait(device: torch.device) -> None:
-    if device.type != "cuda":
-        pytest.skip("needs a CUDA device")
-    pool = AdapterPool(SPECS, 3, 5, torch.float32, device)
-    lora = adapter({"q": 5, "o": 2}, torch.float32, 0)
-    pinned = HostAdapter(lora.blob.pin_memory(), lora.factors, lora.rank)
-    pool.load_slot(1, pinned)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        pool.load_slot(0, pinned)
-        pool.clear_slot(1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert pool.slot_ranks.tolist() == [5, 0, 0]
-
-
-def check_pool(
-    pool: AdapterPool, where: tuple[Tensor, Tensor, Tensor], rows: list[list[tuple[HostAdapter, float]]]
-) -> None:
-    batch = pool.device_batch(*where)
-    for index, spec in enumerate(SPECS):
-        x = randn(len(rows), spec.in_features, dtype=torch.float32, device=where[0].device)
-        y = randn(len(rows), spec.out_features, dtype=torch.float32, device=where[0].device)
-        want = by_hand(index, x, y, rows)
-        batch.apply(index, x, y)
-        close(y, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

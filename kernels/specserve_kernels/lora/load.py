@@ -1,9 +1,16 @@
 """An adapter's matrices from its blob to their places in a slot, all modules in one launch.
 
-Row i of table [n, 8] int64 is a module: offsets in blob of its A [rank, in_features] and its B [width, rank], offsets
-in store of its A [slot rank, in_features] and its Bᵀ [rank, width], then in_features, width, rank and the slot's rank.
-store and blob are flat, of one dtype, on one device. A is zero from the module's rank to the slot's; what B then meets
-does not matter. A module without LoRA has the rank 0.
+Module i has the A [rank, in_features] and the B [width, rank] at these elements of the flat `blob`:
+
+    places [n, 3] int64    of A, of B; the rank (0: no LoRA, the offsets are not read)
+
+and of the flat `store`, blob's dtype, whatever the slot:
+
+    layout [n, 7] int64    slot 0's A and Bᵀ; from one slot to the next of A and of Bᵀ; in_features, width, out_features
+
+A lies there as it is, in rows of in_features. Bᵀ is a block of columns of rows [·, out_features], beside those of the
+other parts of a merged linear. Both are zero from the module's rank to `slot_rank`, so that whoever multiplies rounds
+ranks up to it. slot and slot_rank are known to the host; places are an adapter's and layout a model's own, made once.
 """
 
 from __future__ import annotations
@@ -14,50 +21,96 @@ from torch import Tensor
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
 
-_PROGRAMS = 64  # a module
-_BLOCK = 1024
+_PROGRAMS = 32  # a module. They are short, so that a step beside them never waits long for a place on the device.
+_BLOCK = 2048  # elements of A at once
+_RANKS, _COLUMNS = 16, 128  # of Bᵀ at once
 
 
-def load_slot_ref(store: Tensor, blob: Tensor, table: Tensor) -> None:
+def load_slot_ref(store: Tensor, blob: Tensor, places: Tensor, layout: Tensor, slot: int, slot_rank: int) -> None:
     """The copies above in torch, one after the other."""
-    for from_a, from_b, to_a, to_b, in_features, width, rank, slot_rank in table.tolist():
-        store[to_a : to_a + slot_rank * in_features].zero_()
-        store[to_a : to_a + rank * in_features] = blob[from_a : from_a + rank * in_features]
-        b = blob[from_b : from_b + width * rank].view(width, rank)
-        store[to_b : to_b + rank * width].view(rank, width).copy_(b.t())
+    start = int(store.storage_offset())
+    for (from_a, from_b, rank), row in zip(places.tolist(), layout.tolist(), strict=True):
+        to_a, to_b, step_a, step_b, in_features, width, out_features = row
+        a = store[to_a + slot * step_a :][: slot_rank * in_features].view(slot_rank, in_features)
+        a[rank:].zero_()
+        a[:rank] = blob[from_a : from_a + rank * in_features].view(rank, in_features)
+        b = store.as_strided((slot_rank, width), (out_features, 1), start + to_b + slot * step_b)
+        b[rank:].zero_()
+        b[:rank] = blob[from_b : from_b + width * rank].view(width, rank).t()
 
 
 @triton.jit
-def _load_kernel(store, blob, table, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: every PROGRAMS-th block of A, then of Bᵀ, of one module."""
-    row = table + tl.program_id(0) * 8
-    from_a, from_b, to_a, to_b = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    in_features, width = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
-    rank, slot_rank = tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32)
+def _copy_a(to, source, size, slot_size, BLOCK: tl.constexpr):
+    """This program's blocks of A: `size` elements, then zeros up to `slot_size`."""
     first = tl.program_id(1) * BLOCK
-    while first < slot_rank * in_features:
+    while first < slot_size:
         i = first + tl.arange(0, BLOCK)
-        value = tl.load(blob + from_a + i, mask=i < rank * in_features, other=0.0)
-        tl.store(store + to_a + i, value, mask=i < slot_rank * in_features)
-        first += PROGRAMS * BLOCK
-    first = tl.program_id(1) * BLOCK
-    while first < rank * width:
-        i = first + tl.arange(0, BLOCK)
-        value = tl.load(blob + from_b + i % width * rank + i // width, mask=i < rank * width, other=0.0)
-        tl.store(store + to_b + i, value, mask=i < rank * width)
-        first += PROGRAMS * BLOCK
+        tl.store(to + i, tl.load(source + i, mask=i < size, other=0.0), mask=i < slot_size)
+        first += tl.num_programs(1) * BLOCK
 
 
-def load_slot_triton(store: Tensor, blob: Tensor, table: Tensor) -> None:
-    _load_kernel[(table.shape[0], _PROGRAMS)](store, blob, table, PROGRAMS=_PROGRAMS, BLOCK=_BLOCK, num_warps=4)
+@triton.jit
+def _copy_b(to, source, rank, slot_rank, width, out_features, RANKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's tiles of Bᵀ, zeros from `rank` on. Read as B lies, so that both sides are whole sectors."""
+    c = tl.arange(0, COLUMNS)
+    tiles = tl.cdiv(width, COLUMNS)
+    tile = tl.program_id(1)
+    while tile < tiles * tl.cdiv(slot_rank, RANKS):
+        column, r = tile % tiles * COLUMNS + c, tile // tiles * RANKS + tl.arange(0, RANKS)
+        inside = (column < width)[:, None] & (r < rank)[None, :]
+        b = tl.load(source + column[:, None] * rank + r[None, :], mask=inside, other=0.0)
+        inside = (r < slot_rank)[:, None] & (column < width)[None, :]
+        tl.store(to + r[:, None] * out_features + column[None, :], tl.trans(b), mask=inside)
+        tile += tl.num_programs(1)
 
 
-_IMPLEMENTATIONS = {"torch": load_slot_ref, "triton": load_slot_triton}
+@triton.jit(do_not_specialize=["slot", "slot_rank"])
+def _load_kernel(
+    store, blob, places, layout, slot, slot_rank,
+    BLOCK: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """One program: its share of one module. Sizes and offsets are multiples of ALIGN elements, but for the rank."""
+    place, row = places + tl.program_id(0) * 3, layout + tl.program_id(0) * 7
+    source_a = blob + tl.multiple_of(tl.load(place), ALIGN)
+    source_b = blob + tl.multiple_of(tl.load(place + 1), ALIGN)
+    to_a = store + tl.multiple_of(tl.load(row) + slot * tl.load(row + 2), ALIGN)
+    to_b = store + tl.multiple_of(tl.load(row + 1) + slot * tl.load(row + 3), ALIGN)
+    rank = tl.load(place + 2).to(tl.int32)
+    in_features = tl.multiple_of(tl.load(row + 4).to(tl.int32), ALIGN)
+    width = tl.multiple_of(tl.load(row + 5).to(tl.int32), ALIGN)
+    out_features = tl.multiple_of(tl.load(row + 6).to(tl.int32), ALIGN)
+    _copy_a(to_a, source_a, rank * in_features, slot_rank * in_features, BLOCK)
+    if rank % 8 == 0:
+        _copy_b(to_b, source_b, tl.multiple_of(rank, 8), slot_rank, width, out_features, RANKS, COLUMNS)
+    else:
+        _copy_b(to_b, source_b, rank, slot_rank, width, out_features, RANKS, COLUMNS)
 
 
-def load_slot(store: Tensor, blob: Tensor, table: Tensor) -> None:
-    """The copies above. All tensors contiguous."""
-    assert table.dtype == torch.int64, table.dtype
-    assert table.shape[1:] == (8,), table.shape
+def load_slot_triton(
+    store: Tensor, blob: Tensor, places: Tensor, layout: Tensor, slot: int, slot_rank: int, align: int = 1
+) -> None:
+    _load_kernel[(places.shape[0], _PROGRAMS)](
+        store, blob, places, layout, slot, slot_rank,
+        BLOCK=_BLOCK, RANKS=_RANKS, COLUMNS=_COLUMNS, ALIGN=align, num_warps=4,
+    )  # fmt: skip
+
+
+def _load_slot_torch(
+    store: Tensor, blob: Tensor, places: Tensor, layout: Tensor, slot: int, slot_rank: int, align: int
+) -> None:
+    load_slot_ref(store, blob, places, layout, slot, slot_rank)
+
+
+_IMPLEMENTATIONS = {"torch": _load_slot_torch, "triton": load_slot_triton}
+
+
+def load_slot(
+    store: Tensor, blob: Tensor, places: Tensor, layout: Tensor, slot: int, slot_rank: int, align: int = 1
+) -> None:
+    """The copies above, on the current stream. All tensors contiguous, on one device. `align`, a power of 2: every
+    offset and size in `places` and `layout` is a multiple of it, the ranks aside, and so are the tensors' addresses."""
+    assert places.dtype == layout.dtype == torch.int64, (places.dtype, layout.dtype)
+    assert places.shape[1:] == (3,), places.shape
+    assert layout.shape == (places.shape[0], 7), (layout.shape, places.shape)
     assert store.dtype == blob.dtype, (store.dtype, blob.dtype)
-    _IMPLEMENTATIONS[backend(store, _IMPLEMENTATIONS)](store, blob, table)
+    _IMPLEMENTATIONS[backend(store, _IMPLEMENTATIONS)](store, blob, places, layout, slot, slot_rank, align)

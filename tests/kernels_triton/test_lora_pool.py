@@ -1,0 +1,128 @@
+"""The pool on a device: what a load leaves in the slots, as the grouped kernels read it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from specserve_adapters import pool as pool_module
+from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, unpack, write_places
+from specserve_adapters.pool import AdapterPool
+from specserve_adapters.spec import LinearSpec, ModuleKey
+from specserve_kernels.lora import load as lora_load
+from specserve_kernels.lora.load import load_slot_ref, load_slot_triton
+
+SPECS = [LinearSpec(0, 12, (("q", 8), ("k", 4), ("v", 5))), LinearSpec(0, 8, (("o", 12),))]
+ALIGNED = [LinearSpec(0, 16, (("q", 144), ("k", 8))), LinearSpec(0, 8, (("o", 16),))]
+RANK_BLOCK = 16
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def adapter(specs: list[LinearSpec], ranks: dict[str, int], dtype: torch.dtype, seed: int) -> HostAdapter:
+    modules = [(spec, *named) for spec in specs for named in zip(spec.keys, spec.parts, strict=True)]
+    sizes = [ranks.get(name, 0) * n for spec, _, (name, width) in modules for n in (spec.in_features, width)]
+    count = num_modules(specs)
+    payload = torch.zeros(head_bytes(count) + sum(sizes) * dtype.itemsize, dtype=torch.uint8)
+    blob = unpack(payload, count, dtype)[1].copy_(randn(sum(sizes), seed=seed) * 0.3)
+    flat = blob.split(sizes)
+    made: dict[ModuleKey, tuple[Tensor, Tensor]] = {
+        key: (a.view(ranks[name], spec.in_features), b.view(width, ranks[name]))
+        for a, b, (spec, key, (name, width)) in zip(flat[::2], flat[1::2], modules, strict=True)
+        if name in ranks
+    }
+    write_places(payload, specs, blob, made)
+    return HostAdapter(blob, made, max(ranks.values()), payload)
+
+
+@pytest.fixture
+def triton_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools take the device's kernels wherever they run."""
+    monkeypatch.setattr(pool_module, "backend", lambda *_: "triton")
+    monkeypatch.setattr(pool_module, "load_slot", load_slot_triton)
+    monkeypatch.setattr(lora_load, "_PROGRAMS", 2)  # Triton's interpreter takes them one after the other
+
+
+def check_slot(pool: AdapterPool, slot: int, lora: HostAdapter) -> None:
+    """Every module's A and Bᵀ, and zeros up to the adapter's rank rounded up."""
+    stride = -(-pool.max_rank // RANK_BLOCK) * RANK_BLOCK
+    padded = -(-lora.rank // RANK_BLOCK) * RANK_BLOCK
+    assert pool.slot_ranks[slot] == lora.rank
+    for spec, (a, b) in zip(pool.specs, pool.linears, strict=True):
+        assert b.shape == (pool.num_slots * stride, spec.out_features)
+        column = 0
+        for part, (key, (_, width)) in enumerate(zip(spec.keys, spec.parts, strict=True)):
+            want_a, want_b = torch.zeros(padded, spec.in_features), torch.zeros(padded, width)
+            if key in lora.factors:
+                a_part, b_part = lora.factors[key]
+                want_a[: len(a_part)], want_b[: len(a_part)] = a_part.float(), b_part.t().float()
+            first = (slot * len(spec.parts) + part) * stride
+            assert torch.equal(a[first : first + padded].float().cpu(), want_a)
+            rows = b[slot * stride : slot * stride + padded, column : column + width]
+            assert torch.equal(rows.float().cpu(), want_b)
+            column += width
+
+
+@pytest.mark.usefixtures("triton_pool")
+@pytest.mark.parametrize("specs", [SPECS, ALIGNED], ids=["odd", "aligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots(specs: list[LinearSpec], dtype: torch.dtype, device: torch.device) -> None:
+    """Modules without LoRA and of smaller rank, slots used before; neighbours stay as they are."""
+    pool = AdapterPool(specs, 3, 20, dtype, device)
+    assert pool._align == (8 if specs is ALIGNED else 1)
+    full = adapter(specs, {"q": 20, "k": 20, "v": 20, "o": 20}, dtype, 0)
+    part, other = adapter(specs, {"q": 2, "v": 4}, dtype, 2), adapter(specs, {"o": 8, "k": 16}, dtype, 4)
+    held: dict[int, HostAdapter] = {}
+    for slot, lora in ((0, full), (2, full), (0, part), (1, full), (2, other), (0, full)):
+        pool.load_slot(slot, lora)
+        held[slot] = lora
+        for index, there in held.items():
+            check_slot(pool, index, there)
+    pool.clear_slot(0)
+    assert pool.slot_ranks.tolist() == [0, 20, 16]
+    with pytest.raises(AssertionError, match="device_batch"):
+        pool.make_batch([()], [1])
+
+
+@pytest.mark.usefixtures("triton_pool")
+def test_no_slots(device: torch.device) -> None:
+    assert AdapterPool(SPECS, 0, 16, torch.float32, device).slot_ranks.shape == (0,)
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_loading(align: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel and its reference over what lay there before: ranks from 0 to the slot's, several blocks a program."""
+    monkeypatch.setattr(lora_load, "_PROGRAMS", 2)
+    blob = randn(30_000).to(device)
+    n = align
+    places = [[0, 400 * n, 3], [9, 9, 0], [1000 * n, 1200 * n, 16]]
+    layout = [
+        [8 * n, 9000, 2000 * n, 5000, 30 * n, 33 * n, 40 * n],
+        [600 * n, 9000 + 33 * n, 2000 * n, 5000, 30 * n, 7 * n, 40 * n],
+        [1200 * n, 20_000, 2000 * n, 5000, 9 * n, 12 * n, 12 * n],
+    ]
+    places, layout = (torch.tensor(rows, device=device) for rows in (places, layout))
+    stores = [randn(60_000, seed=1).to(device) for _ in range(2)]
+    load_slot_triton(stores[0], blob, places, layout, 1, 16, align)
+    load_slot_ref(stores[1], blob, places, layout, 1, 16)
+    assert torch.equal(*stores)
+
+
+def test_loading_does_not_wait(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    pool = AdapterPool(SPECS, 3, 5, torch.float32, device)
+    lora = adapter(SPECS, {"q": 5, "o": 2}, torch.float32, 0)
+    pinned = HostAdapter(lora.blob, lora.factors, lora.rank, lora.payload.pin_memory())
+    pool.load_slot(1, pinned)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pool.load_slot(0, pinned)
+        pool.clear_slot(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check_slot(pool, 0, lora)
+    assert pool.slot_ranks.tolist() == [5, 0, 0]
