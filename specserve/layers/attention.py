@@ -50,9 +50,10 @@ class Attention:
 
     def add_to(self, residual: Tensor, norm: RMSNorm, ctx: ForwardContext, step: Step) -> None:
         """residual [T, hidden] += attention(norm(residual)), in place."""
-        qkv = self._qkv.forward(residual, norm, ctx)
+        qkv, update = self._qkv.forward(residual, norm, ctx)
         k_cache, v_cache = ctx.kv_caches[self._layer]
-        q = rotate_and_cache(
+        rotate = rotate_and_cache if update is None else update.rotate_and_cache
+        q = rotate(
             qkv, step.cos, step.sin, k_cache, v_cache, step.attention.slot_mapping,
             heads=self._heads, norm=self._head_norm.weight_and_eps if self._head_norm is not None else None,
             finite=ctx.lora is not None,  # an adapter may overflow; the cache must not keep what is not finite

@@ -9,15 +9,32 @@ from typing import Protocol
 from torch import Tensor
 
 from specserve_kernels.attention.paged import AttentionMetadata
+from specserve_kernels.qkv import HeadWeights
+
+
+class LoraUpdate(Protocol):
+    """What adapters add to the output of one linear, taken in by whoever reads that output first."""
+
+    def add_to(self, y: Tensor) -> None:
+        """y [T, out_features] += the update, in place."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """specserve_kernels.activation.silu_mul of gate_up [T, 2 n] plus the update → [T, n]. gate_up is used up."""
+
+    def rotate_and_cache(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
+        *, heads: int, norm: HeadWeights | None, finite: bool,
+    ) -> Tensor:  # fmt: skip
+        """specserve_kernels.qkv.rotate_and_cache of qkv plus the update."""
 
 
 class LoraApplier(Protocol):
     """The adapters of one step's tokens; built once a step, shared by every linear."""
 
-    def apply(self, linear_index: int, x: Tensor, y: Tensor) -> None:
-        """Add the adapters' share of linear `linear_index` (index in `model.linears`) to y, in place.
+    def update(self, linear_index: int, x: Tensor) -> LoraUpdate:
+        """What the adapters add to linear `linear_index` (index in `model.linears`) of x [T, in_features].
 
-        x: [T, in_features], y: [T, out_features], both contiguous and of the model's dtype.
+        One at a time: an update must be taken in before the next is asked for. x stays as it is until then.
         """
 
 

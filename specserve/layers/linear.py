@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specserve.layers.context import ForwardContext
+from specserve.layers.context import ForwardContext, LoraUpdate
 from specserve.layers.norm import RMSNorm
 from specserve.layers.storage import Parameter, Storage
 from specserve_adapters.spec import LinearSpec
-from specserve_kernels.activation import silu_mul
 
 
 class Linear:
@@ -28,20 +27,28 @@ class Linear:
             for suffix, parameter in part.items()
         }
 
-    def forward(self, hidden: Tensor, norm: RMSNorm, ctx: ForwardContext) -> Tensor:
-        """linear(norm(hidden [T, in])) → [T, out]. Without adapters the storage may do both at once."""
+    def forward(self, hidden: Tensor, norm: RMSNorm, ctx: ForwardContext) -> tuple[Tensor, LoraUpdate | None]:
+        """linear(norm(hidden [T, in])) → [T, out], and what its reader has still to add to that.
+
+        Without adapters the storage may norm and multiply at once.
+        """
         if ctx.lora is None:
-            return self.storage.matmul(hidden, norm.weight_and_eps)
+            return self.storage.matmul(hidden, norm.weight_and_eps), None
         x = norm.forward(hidden)
-        y = self.storage.matmul(x)
-        ctx.lora.apply(self.lora_index, x, y)
-        return y
+        update = ctx.lora.update(self.lora_index, x)
+        if self.storage.folds(x, update):
+            return self.storage.matmul(x, lora=update), None
+        return self.storage.matmul(x), update
 
     def gated(self, hidden: Tensor, norm: RMSNorm, ctx: ForwardContext) -> Tensor:
         """silu(first) * second of the halves of linear(norm(hidden [T, in])) → [T, out / 2]."""
         if ctx.lora is None:
             return self.storage.matmul(hidden, norm.weight_and_eps, gated=True)
-        return silu_mul(self.forward(hidden, norm, ctx))
+        x = norm.forward(hidden)
+        update = ctx.lora.update(self.lora_index, x)
+        if self.storage.folds(x, update):
+            return self.storage.matmul(x, gated=True, lora=update)
+        return update.silu_mul(self.storage.matmul(x))
 
     def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext) -> None:
         """residual [T, out] += linear(x [T, in]), in place: the end of a block's branch, where the ranks' shares are
@@ -54,6 +61,9 @@ class Linear:
         residual += ctx.communicator.all_reduce(share)
 
     def _add_to(self, y: Tensor, x: Tensor, ctx: ForwardContext) -> None:
+        update = None if ctx.lora is None else ctx.lora.update(self.lora_index, x)
+        if update is None or self.storage.folds(x, update):
+            self.storage.add_matmul(y, x, lora=update)
+            return
         self.storage.add_matmul(y, x)  # the product adds itself: an operator less
-        if ctx.lora is not None:
-            ctx.lora.apply(self.lora_index, x, y)
+        update.add_to(y)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specserve.layers.context import LoraUpdate
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import runs_triton
 from specserve_kernels.norm import rms_norm
@@ -41,12 +42,18 @@ class Storage(Protocol):
     def parameters(self) -> Sequence[dict[str, Parameter]]:
         """For each part in merged order, its checkpoint tensors by suffix ("weight", "bias", …)."""
 
-    def matmul(self, x: Tensor, norm: Norm | None = None, *, gated: bool = False) -> Tensor:
+    def matmul(
+        self, x: Tensor, norm: Norm | None = None, *, gated: bool = False, lora: LoraUpdate | None = None
+    ) -> Tensor:
         """x [T, in] → a new [T, out] tensor: x Wᵀ + bias. `norm` (weight [in], eps []): of RMS-normed x. `gated`: the
-        two halves of out go through silu(first) * second, which leaves [T, out / 2]."""
+        two halves of out go through silu(first) * second, which leaves [T, out / 2]. `lora`, which `folds` must have
+        allowed: is added to the product."""
 
-    def add_matmul(self, y: Tensor, x: Tensor) -> None:
-        """y [T, out] += x Wᵀ + bias, in place."""
+    def add_matmul(self, y: Tensor, x: Tensor, *, lora: LoraUpdate | None = None) -> None:
+        """y [T, out] += x Wᵀ + bias, in place; `lora` as above."""
+
+    def folds(self, x: Tensor, lora: LoraUpdate) -> bool:
+        """Whether the product of x takes such an update into itself; else its reader adds it."""
 
 
 class DenseStorage:
@@ -75,17 +82,22 @@ class DenseStorage:
                 part["bias"] = whole(values)
         return parts
 
-    def matmul(self, x: Tensor, norm: Norm | None = None, *, gated: bool = False) -> Tensor:
+    def matmul(
+        self, x: Tensor, norm: Norm | None = None, *, gated: bool = False, lora: LoraUpdate | None = None
+    ) -> Tensor:
         if self._bias is None and is_skinny(x):
             return skinny_linear(x, self._weight.t(), norm=norm, gated=gated, arrivals=self._arrivals)
         x = x if norm is None else rms_norm(x, *norm)
         y = torch.mm(x, self._weight) if self._bias is None else torch.addmm(self._bias, x, self._weight)
         return silu_mul(y) if gated else y
 
-    def add_matmul(self, y: Tensor, x: Tensor) -> None:
+    def add_matmul(self, y: Tensor, x: Tensor, *, lora: LoraUpdate | None = None) -> None:
         if self._bias is None and is_skinny(x):
             skinny_linear(x, self._weight.t(), residual=y, arrivals=self._arrivals)
             return
         y.addmm_(x, self._weight)
         if self._bias is not None:
             y.add_(self._bias)
+
+    def folds(self, x: Tensor, lora: LoraUpdate) -> bool:
+        return False

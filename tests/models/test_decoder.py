@@ -12,6 +12,7 @@ import torch
 from specserve.layers.context import ForwardContext
 from specserve.loading import load_model
 from specserve_kernels.attention.paged import AttentionMetadata
+from specserve_kernels.lora.batch import LoraProduct
 from specserve_kernels.tolerances import MODEL
 
 PARTS = (
@@ -51,6 +52,9 @@ class Merged:
     """Adapters as one dense change of each linear: y += x deltaᵀ."""
 
     deltas: list[torch.Tensor] = field(default_factory=list)
+
+    def update(self, linear_index: int, x: torch.Tensor) -> LoraProduct:
+        return LoraProduct(self.apply, linear_index, x)
 
     def apply(self, linear_index: int, x: torch.Tensor, y: torch.Tensor) -> None:
         y += x @ self.deltas[linear_index].T

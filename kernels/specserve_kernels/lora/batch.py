@@ -15,13 +15,15 @@ overflow into a token that does not use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import backend
+from specserve_kernels.qkv import HeadWeights, rotate_and_cache
 
 Factors = tuple[Tensor, Tensor]  # (aᵀ [in_features, n], b [n, out_features]) of the rows in use, in computing precision
 
@@ -83,6 +85,10 @@ class LoraBatch:
     weights: Mapping[int, Tensor]
     factors: list[Factors | None] | None
 
+    def update(self, linear_index: int, x: Tensor) -> LoraProduct:
+        """What linear `linear_index` gains for x [T, in_features]; computed where it is added."""
+        return LoraProduct(self.apply, linear_index, x)
+
     def apply(self, linear_index: int, x: Tensor, y: Tensor) -> None:
         """y += the adapters' product of linear `linear_index`, in place. x [T, in_features], y [T, out_features]."""
         parts = self.parts[linear_index]
@@ -92,3 +98,29 @@ class LoraBatch:
             if self.factors is not None:
                 self.factors[linear_index] = factors
         _add_product(x, y, factors, self.weights[parts])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraProduct:
+    """What one linear gains: `apply(linear_index, x, y)` adds it to the linear's output y, before that is read."""
+
+    apply: Callable[[int, Tensor, Tensor], None]
+    linear_index: int
+    x: Tensor
+
+    def add_to(self, y: Tensor) -> None:
+        """y [T, out_features] += the gain, in place."""
+        self.apply(self.linear_index, self.x, y)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu_mul of gate_up [T, 2 n] plus the gain; gate_up is used up."""
+        self.add_to(gate_up)
+        return silu_mul(gate_up)
+
+    def rotate_and_cache(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
+        *, heads: int, norm: HeadWeights | None, finite: bool,
+    ) -> Tensor:  # fmt: skip
+        """rotate_and_cache of qkv plus the gain."""
+        self.add_to(qkv)
+        return rotate_and_cache(qkv, cos, sin, k_cache, v_cache, slot_mapping, heads=heads, norm=norm, finite=finite)
