@@ -16,6 +16,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 MAX_DRAFTS = 64  # a step and request
 MAX_DEPTH = 2  # steps in flight
 MAX_BLOCK_SIZE = 1024
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,9 +43,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enforce_eager: bool = False  # no CUDA graphs
     max_loras: int = 8  # device slots
     max_lora_rank: int = 64
-    max_host_lora_bytes: int = 1 << 30
+    max_host_lora_bytes: int | None = None  # None: 8 GiB, or a quarter of the machine's memory where that is less
     max_adapters_per_request: int = 4
     loras: tuple[tuple[str, str], ...] = ()  # (name, path) registered at start
+    lora_dirs: tuple[str, ...] = ()  # each subfolder of these is registered too, under its own name
     check_integrity: bool = False  # after every step, in tests
 
     def validate(self) -> None:
@@ -91,12 +93,17 @@ def _check_types(config: EngineConfig) -> None:
 
 
 def _refused(field: str, reason: str) -> InvalidRequestError:
-    flag = "--lora" if field == "loras" else "--" + field.replace("_", "-")
+    flag = {"loras": "--lora", "lora_dirs": "--lora-dir"}.get(field, "--" + field.replace("_", "-"))
     return InvalidRequestError(f"{flag} {reason}", param=field)
 
 
-def resolve_demo(config: EngineConfig) -> EngineConfig:
-    """`model="demo"` means the bundled target; its draft and adapters come along unless others are named."""
+def resolve_paths(config: EngineConfig) -> EngineConfig:
+    """Every folder by its path: `lora_dirs` become `loras`; `model="demo"` means the bundled target, whose draft and
+    adapters come along unless others are named. What is resolved already stays as it is.
+
+    Raises InvalidRequestError for a folder of adapters that is none.
+    """
+    config = _resolve_lora_dirs(config)
     if config.model != "demo":
         return config
     adapters = sorted(path for path in (DEMO_ROOT / "adapters").glob("*") if path.is_dir())
@@ -106,6 +113,45 @@ def resolve_demo(config: EngineConfig) -> EngineConfig:
         draft_model=config.draft_model or str(DEMO_ROOT / "draft"),
         loras=config.loras or tuple((path.name, str(path)) for path in adapters),
     )
+
+
+def _resolve_lora_dirs(config: EngineConfig) -> EngineConfig:
+    loras, paths = list(config.loras), dict(config.loras)
+    for name, path in (found for folder in config.lora_dirs for found in adapters_in(folder)):
+        if name in paths:
+            raise _refused("lora_dirs", f"names the adapter {name!r} twice: {paths[name]} and {path}.")
+        paths[name] = path
+        loras.append((name, path))
+    return msgspec.structs.replace(config, loras=tuple(loras), lora_dirs=())
+
+
+def adapters_in(folder: str) -> list[tuple[str, str]]:
+    """(name, path) of the subfolders that are not hidden, by name; each must hold an adapter's two files.
+
+    Nothing is read: a thousand of them take some ten milliseconds. Raises InvalidRequestError naming those that hold no
+    adapter.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((item.name, item.path) for item in entries if item.name[0] != "." and item.is_dir())
+    except OSError as error:
+        raise _refused("lora_dirs", f"{folder!r} cannot be listed: {error.strerror}.") from error
+    bad = [name for name, path in found if not all(os.path.isfile(os.path.join(path, file)) for file in ADAPTER_FILES)]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise _refused(
+            "lora_dirs",
+            f"{folder!r}: every subfolder must be an adapter with {' and '.join(ADAPTER_FILES)}; these are none: "
+            f"{', '.join(bad[:5])}{more}. Move them away, or name single adapters with --lora.",
+        )
+    return found
+
+
+def host_lora_bytes(config: EngineConfig) -> int:
+    """Memory for adapters in the host tier. What has a device slot is there too, so it bounds the slots in use."""
+    if config.max_host_lora_bytes is not None:
+        return config.max_host_lora_bytes
+    return min(8 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
 
 
 def environment_api_key() -> str | None:

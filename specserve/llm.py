@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from specserve.config import EngineConfig, resolve_demo
+from specserve.config import EngineConfig, resolve_paths
 from specserve.core.errors import InvalidRequestError, ModelLoadError
 from specserve.core.messages import (
     AddRequest,
@@ -81,7 +81,7 @@ class LLM:
         progress: bool = False,
         **fields: Any,
     ) -> None:
-        self.config = resolve_demo(config or EngineConfig(**fields))
+        self.config = resolve_paths(config or EngineConfig(**fields))
         self.engine = EngineCore(self.config, proposers, progress=progress)
         self.tokenizer = load_tokenizer(self.config.model)
         self._ids = count()
@@ -91,9 +91,13 @@ class LLM:
         """End the engine's threads; the object must not be used after."""
         self.engine.close()
 
-    def load_adapter(self, name: str, path: str, *, replace: bool = False, pinned: bool = False) -> None:
+    def load_adapter(
+        self, name: str, path: str, *, replace: bool = False, pinned: bool = False, weight: float = 1.0
+    ) -> None:
         """Read an adapter folder and make it available under `name`; raises AdapterError."""
-        self._call(LoadAdapter(call_id=next(self._ids), name=name, path=path, replace=replace, pinned=pinned))
+        self._call(
+            LoadAdapter(call_id=next(self._ids), name=name, path=path, replace=replace, pinned=pinned, weight=weight)
+        )
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; raises NotFoundError."""

@@ -7,17 +7,19 @@ import asyncio
 import logging
 import os
 import sys
+from collections import Counter
 
 import msgspec
 
 from specserve.cli.flags import ENGINE_HELP, SERVER_HELP, add_flags, from_flags, name_and_path
-from specserve.config import DEMO_ROOT, EngineConfig, environment_api_key, resolve_demo
+from specserve.config import DEMO_ROOT, EngineConfig, environment_api_key, resolve_paths
 from specserve.core.errors import InvalidRequestError, SpecserveError
 from specserve.server.adapters import check_name
 from specserve.server.options import ServerConfig
 from specserve.server.serve import PortInUseError, serve
 
 EXIT_REFUSED = 2
+MAX_SHOWN = 16  # adapters, at start
 
 
 def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,6 +37,14 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         default=[],
         metavar="NAME=PATH",
         help="an adapter to register at start: a PEFT folder; may be repeated",
+    )
+    parser.add_argument(
+        "--lora-dir",
+        dest="lora_dirs",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="register every subfolder as an adapter of its name; may be repeated",
     )
     add_flags(parser.add_argument_group("server"), ServerConfig, SERVER_HELP)
     add_flags(parser.add_argument_group("engine"), EngineConfig, ENGINE_HELP)
@@ -55,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def configs(args: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
-    """Both configs, resolved: the demo's paths filled in, the API key taken from the environment."""
-    given = from_flags(EngineConfig, args, loras=tuple(args.loras))
-    engine = resolve_demo(given)
+    """Both configs, resolved: folders filled in, the API key taken from the environment."""
+    given = from_flags(EngineConfig, args, loras=tuple(args.loras), lora_dirs=tuple(args.lora_dirs))
+    engine = resolve_paths(given)
     server = from_flags(ServerConfig, args)
     server = msgspec.structs.replace(
         server,
@@ -70,10 +80,9 @@ def configs(args: argparse.Namespace) -> tuple[EngineConfig, ServerConfig]:
 
 
 def _check(engine: EngineConfig, server: ServerConfig) -> None:
-    names = [name for name, _ in engine.loras]
-    for name in names:
+    for name, count in Counter(name for name, _ in engine.loras).items():
         check_name(name, server.served_model_name)
-        if names.count(name) > 1:
+        if count > 1:
             raise InvalidRequestError(f"--lora names {name!r} more than once.", param="lora")
     for root in server.adapter_root:
         if not os.path.isdir(root):
@@ -84,5 +93,9 @@ def describe(engine: EngineConfig, server: ServerConfig) -> str:
     """The resolved config, a line a field; the key is not shown."""
     shown = msgspec.structs.replace(server, api_key="(set)" if server.api_key else None)
     fields = {**msgspec.structs.asdict(engine), **msgspec.structs.asdict(shown)}
+    if len(engine.loras) > MAX_SHOWN:
+        fields["loras"] = (
+            f"{len(engine.loras)} adapters, the first of them {engine.loras[0][0]} and the last {engine.loras[-1][0]}"
+        )
     width = max(map(len, fields))
     return "\n".join(["specserve serves with", *(f"  {name:<{width}}  {value}" for name, value in fields.items())])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from specserve.core.errors import InvalidRequestError
 from specserve.core.messages import LoraRef
 
+MAX_WEIGHT = 1000.0
+
 
 def check_tokens(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab_size: int) -> None:
     """There is a prompt, and it and what it is resumed from hold tokens of the vocabulary."""
@@ -28,3 +30,11 @@ def check_sum(lora: Sequence[LoraRef], max_adapters: int) -> None:
     for ref in lora:
         if not math.isfinite(ref.scale):
             raise InvalidRequestError(f"The scale of adapter {ref.name!r} must be finite.", param="lora")
+
+
+def check_weight(weight: float) -> None:
+    """An adapter's share of tokens beside others' is a positive number of some size."""
+    if not 0.0 < weight <= MAX_WEIGHT:  # NaN is neither
+        raise InvalidRequestError(
+            f"An adapter's weight must be above 0 and at most {MAX_WEIGHT:g}, got {weight!r}.", param="weight"
+        )

@@ -25,7 +25,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     body = await read_body(request, ChatBody)
     check_body(body)
-    lora = select_lora(body.model, body.lora, base_names=state.model_names, adapters=state.engine.adapters.names)
+    lora = select_lora(body.model, body.lora, base_names=state.model_names, adapters=state.engine.adapters)
     params = sampling_params(body, max_tokens=_max_tokens(body), logprobs=_num_logprobs(body))
     prompt_ids = await encode_chat(
         state.engine,

@@ -26,7 +26,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     generation = await state.engine.submit(
         prompts_of(body.prompt),
         sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs),
-        lora=select_lora(body.model, body.lora, base_names=state.model_names, adapters=state.engine.adapters.names),
+        lora=select_lora(body.model, body.lora, base_names=state.model_names, adapters=state.engine.adapters),
         output_ids=body.output_ids or (),
         cache_salt=body.cache_salt or "",
     )

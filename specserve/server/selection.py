@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Container, Sequence
 
 from specserve.core.errors import InvalidRequestError, NotFoundError
 from specserve.core.messages import LoraRef
@@ -11,7 +11,7 @@ LoraField = str | LoraRef | list[str | LoraRef] | None
 
 
 def select_lora(
-    model: str | None, lora: LoraField, *, base_names: Sequence[str], adapters: Collection[str]
+    model: str | None, lora: LoraField, *, base_names: Sequence[str], adapters: Container[str]
 ) -> tuple[LoraRef, ...]:
     """The adapters of a request; () is the base. `model` may name the base or an adapter, or be left out.
 

@@ -60,7 +60,7 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 def _check_model(state: ServerState, model: str | None) -> None:
-    select_lora(model, None, base_names=state.model_names, adapters=state.engine.adapters.names)
+    select_lora(model, None, base_names=state.model_names, adapters=state.engine.adapters)
 
 
 async def _encode(state: ServerState, body: TokenizeBody) -> list[int]:

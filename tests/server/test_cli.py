@@ -11,8 +11,8 @@ from specserve.cli.serve import configs, describe
 from specserve.config import DEMO_ROOT, EngineConfig
 from specserve.server.options import ServerConfig
 
-# `model` is the positional argument, `loras` are --lora, and check_integrity is for tests.
-NO_FLAGS = {"model", "loras", "check_integrity"}
+# `model` is the positional argument, `loras` are --lora, `lora_dirs` --lora-dir, and check_integrity is for tests.
+NO_FLAGS = {"model", "loras", "lora_dirs", "check_integrity"}
 
 
 def test_every_field_has_a_flag() -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from specserve.config import EngineConfig, resolve_demo
+from specserve.config import EngineConfig, resolve_paths
 from specserve.core.checks import check_tokens
 from specserve.core.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from specserve.core.messages import (
@@ -31,6 +31,7 @@ from specserve.engine.client.launch import ENGINE_CORE
 from specserve.engine.client.recorder import NoRecorder, Recorder, account, note_tokens
 from specserve.engine.client.recovery import AdapterBook, AdapterCall, Supervisor
 from specserve.engine.client.seeds import SeedSource
+from specserve.engine.client.statistics import merge_stats
 from specserve.engine.client.tokenizer import Tokenizer
 from specserve.engine.client.validation import check_lora, resolve_params
 
@@ -42,11 +43,12 @@ Prompt = str | list[int]
 class AsyncEngine:
     """One engine as asyncio sees it. Use on one event loop.
 
-    `tokenizer`, `ready` and `config` tell what it serves; `adapters` what is registered; `stats` the latest counters.
+    `tokenizer`, `ready` and `config` tell what it serves; `adapters` what is registered; `stats` the latest counters
+    and every adapter's state.
     """
 
     def __init__(self, config: EngineConfig, *, core: str = ENGINE_CORE, recorder: Recorder | None = None) -> None:
-        config = resolve_demo(config)
+        config = resolve_paths(config)
         self.config = config
         self.stats = EngineStats()
         self.tokenizer: Tokenizer
@@ -131,7 +133,7 @@ class AsyncEngine:
         Raises InvalidRequestError, ContextLengthError, NotFoundError, OverloadedError, EngineDeadError.
         """
         params.validate(self.ready.vocab_size)
-        check_lora(lora, self.adapters.names, self.config.max_adapters_per_request)
+        check_lora(lora, self.adapters, self.config.max_adapters_per_request)
         self._check_load(len(prompts) * params.n)
         if output_ids and (len(prompts) != 1 or params.n != 1):
             raise InvalidRequestError("output_ids resumes one prompt with n = 1.", param="output_ids")
@@ -226,7 +228,7 @@ class AsyncEngine:
 
     def _on_outputs(self, message: StepOutputs) -> None:
         if message.stats is not None:
-            self.stats = message.stats
+            self.stats = merge_stats(self.stats, message.stats)
         stopped = []
         for output in message.outputs:
             entry = self._live.get(output.request_id)

@@ -54,7 +54,7 @@ class AdapterBook:
     def record(self, call: AdapterCall) -> None:
         """Note a call that the engine has carried out."""
         if isinstance(call, LoadAdapter):
-            self._loads[call.name] = msgspec.structs.replace(call, replace=False)
+            self._loads[call.name] = msgspec.structs.replace(call, replace=False, read=True)
         elif isinstance(call, UnloadAdapter):
             self._loads.pop(call.name, None)
         elif isinstance(call, PinAdapter) and call.name in self._loads:
@@ -210,13 +210,17 @@ class Supervisor:
             await self._link.close(timeout=1.0)
 
     async def _replay(self, link: EngineLink) -> bool:
-        """Load what the last engine held; false if this one died over it."""
+        """Tell it of the adapters that the last engine held; false if this one died over it.
+
+        A look at each folder is enough: the first requests bring back those that are in use, while reading a thousand
+        would take a minute in which nothing is served. Pinned ones are read.
+        """
         for load in self.adapters.loads:
             try:
-                await self._call(link, load)
+                await self._call(link, msgspec.structs.replace(load, read=load.pinned))
             except EngineDeadError:
                 return False
             except SpecserveError as error:
-                logger.error("Adapter %r could not be loaded again: %s", load.name, error.message)
+                logger.error("Adapter %r could not be registered again: %s", load.name, error.message)
                 self.adapters.forget(load.name)
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Sequence
 
 import msgspec
 
@@ -42,7 +42,7 @@ def resolve_params(params: SamplingParams, num_prompt: int, num_output: int, rea
     )
 
 
-def check_lora(lora: Sequence[LoraRef], known: Iterable[str], max_adapters: int) -> None:
+def check_lora(lora: Sequence[LoraRef], known: Container[str], max_adapters: int) -> None:
     """Every adapter is registered, named once, and there are not too many."""
     check_sum(lora, max_adapters)
     names = [ref.name for ref in lora]

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from specserve.config import MAX_DRAFTS, Dtype, EngineConfig, resolve_demo
+from specserve.config import MAX_DRAFTS, Dtype, EngineConfig, host_lora_bytes, resolve_paths
 from specserve.core.errors import InvalidRequestError, ModelLoadError
 from specserve.device import resolve_device
 from specserve.engine.core.memory import allocate_kv_caches
@@ -70,7 +70,7 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = (),
     """Load the models and allocate everything, with progress bars on stderr if asked. Raises ModelLoadError or
     InvalidRequestError."""
     config.validate()
-    config = resolve_demo(config)
+    config = resolve_paths(config)
     device = usable_device(config.device)
     batched_tokens = resolve_batched_tokens(config, device)
     target = load_model(config.model, dtype=config.dtype, device=device, progress=progress)
@@ -140,7 +140,7 @@ def _build_adapters(config: EngineConfig, models: list[Model]) -> AdapterManager
     specs = [[linear.spec for linear in model.linears] for model in models]
     manager = AdapterManager(
         specs[0], specs[1] if len(specs) > 1 else None, num_slots=config.max_loras, max_rank=config.max_lora_rank,
-        max_host_bytes=config.max_host_lora_bytes, dtype=models[0].spec.dtype, draft_dtype=models[-1].spec.dtype,
+        max_host_bytes=host_lora_bytes(config), dtype=models[0].spec.dtype, draft_dtype=models[-1].spec.dtype,
         pin_memory=resolve_device(config.device).type == "cuda",
     )  # fmt: skip
     for name, path in config.loras:

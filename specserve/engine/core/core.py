@@ -12,21 +12,10 @@ from msgspec.structs import replace
 
 from specserve.config import EngineConfig, environment_threads
 from specserve.core.checks import check_sum, check_tokens
-from specserve.core.errors import ContextLengthError, InvalidRequestError, SpecserveError
-from specserve.core.messages import (
-    AdapterInfo,
-    AddRequest,
-    EngineStats,
-    ErrorInfo,
-    ListAdapters,
-    LoadAdapter,
-    PinAdapter,
-    Ready,
-    Reply,
-    RequestOutput,
-    UnloadAdapter,
-)  # fmt: skip
+from specserve.core.errors import ContextLengthError, InvalidRequestError
+from specserve.core.messages import AddRequest, EngineStats, Ready, Reply, RequestOutput
 from specserve.core.sampling_params import SamplingParams
+from specserve.engine.core.adapter_calls import AdapterCall, AdapterCalls
 from specserve.engine.core.build import Resolved, build_engine, dtype_name
 from specserve.runtime.threads import fastest_thread_count
 from specserve.runtime.ticket import Executor, Ticket
@@ -34,12 +23,9 @@ from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.request import Request
 from specserve.scheduling.scheduler import Scheduler
 from specserve.speculation.proposer import Proposer
-from specserve_adapters.manager import LoadTicket
 
 PROBE_TOKENS = 5  # a verification's
 IDLE_SECONDS = 0.001  # how long a step waits when all requests wait for an adapter's read
-
-AdapterCall = LoadAdapter | UnloadAdapter | PinAdapter | ListAdapters
 
 
 class EngineCore:
@@ -68,7 +54,7 @@ class EngineCore:
         self.executor: Executor = built.runner
         self._tickets: deque[Ticket] = deque()
         self._done: list[RequestOutput] = []  # ended without a step
-        self._loads: dict[int, LoadTicket] = {}  # by call id
+        self._calls = AdapterCalls(built.adapters)
         self.ready = Ready(
             model=config.model,
             vocab_size=built.spec.vocab_size,
@@ -110,7 +96,7 @@ class EngineCore:
         return done
 
     def has_work(self) -> bool:
-        return bool(self.scheduler.has_work or self._done or self._loads)
+        return bool(self.scheduler.has_work or self._done or self._calls.waiting)
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -185,36 +171,12 @@ class EngineCore:
 
     def handle(self, call: AdapterCall) -> Reply | None:
         """Answer an adapter call now, or later through poll_replies (None) when it must read from disk."""
-        try:
-            return self._handle(call)
-        except SpecserveError as error:
-            return Reply(call_id=call.call_id, error=ErrorInfo.of(error))
-
-    def _handle(self, call: AdapterCall) -> Reply | None:
-        if isinstance(call, LoadAdapter):
-            self._loads[call.call_id] = self.adapters.load(
-                call.name, call.path, draft_path=call.draft_path, pinned=call.pinned, replace=call.replace
-            )
-            return None
-        infos: list[AdapterInfo] = []
-        if isinstance(call, UnloadAdapter):
-            self.adapters.unload(call.name)
-        elif isinstance(call, PinAdapter):
-            self.adapters.pin(call.name, call.pinned)
-        else:
-            infos = self.adapters.list()
-        return Reply(call_id=call.call_id, adapters=infos)
+        return self._calls.handle(call)
 
     def poll_replies(self) -> list[Reply]:
         """Replies of loads that have finished since the last call."""
         self.adapters.poll()
-        done = [call_id for call_id, ticket in self._loads.items() if ticket.done]
-        return [self._load_reply(call_id, self._loads.pop(call_id)) for call_id in done]
-
-    def _load_reply(self, call_id: int, ticket: LoadTicket) -> Reply:
-        if ticket.error is not None:
-            return Reply(call_id=call_id, error=ErrorInfo.of(ticket.error))
-        return Reply(call_id=call_id, adapters=[info for info in self.adapters.list() if info.name == ticket.name])
+        return self._calls.finished()
 
     # --- the rest ---------------------------------------------------------------------------------------------------
 
