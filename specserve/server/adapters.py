@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from specserve.core.checks import check_weight
 from specserve.core.errors import AdapterBusyError, ForbiddenError, InvalidRequestError, NotFoundError
 from specserve.core.messages import AdapterInfo, ListAdapters, LoadAdapter, PinAdapter, UnloadAdapter
 from specserve.server.errors import json_response, read_body
@@ -23,6 +24,7 @@ class LoadBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     path: str
     draft_path: str | None = None
     pinned: bool = False
+    weight: float | None = None  # share of tokens beside other adapters; 1.0 for a new name
 
 
 class ReloadBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +33,7 @@ class ReloadBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     path: str | None = None
     draft_path: str | None = None
     pinned: bool | None = None
+    weight: float | None = None
 
 
 class PinBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -49,7 +52,8 @@ async def load_adapter(request: web.Request) -> web.Response:
 
 
 async def get_adapter(request: web.Request) -> web.Response:
-    return json_response(await _look(request.app[STATE], _known(request)))
+    name = _known(request)
+    return json_response(_told(await request.app[STATE].engine.call(ListAdapters(call_id=0, name=name)), name))
 
 
 async def reload_adapter(request: web.Request) -> web.Response:
@@ -65,10 +69,13 @@ async def reload_adapter(request: web.Request) -> web.Response:
         path=last.path if body.path is None else contained(body.path, roots, "path"),
         draft_path=_draft_path(body, last, roots),
         pinned=last.pinned if body.pinned is None else body.pinned,
+        weight=_weight(body.weight, last),
         replace=True,
     )
-    await state.engine.call(call)
-    return json_response(await _look(state, name))
+    infos = await state.engine.call(call)
+    if last.pinned and not call.pinned:  # a load pins, but never unpins
+        infos = await state.engine.call(PinAdapter(call_id=0, name=name, pinned=False))
+    return json_response(_told(infos, name))
 
 
 async def unload_adapter(request: web.Request) -> web.Response:
@@ -80,16 +87,18 @@ async def unload_adapter(request: web.Request) -> web.Response:
 async def pin_adapter(request: web.Request) -> web.Response:
     state, name = request.app[STATE], _known(request)
     body = await read_body(request, PinBody) if request.can_read_body else PinBody()
-    await state.engine.call(PinAdapter(call_id=0, name=name, pinned=body.pinned))
-    return json_response(await _look(state, name))
+    return json_response(_told(await state.engine.call(PinAdapter(call_id=0, name=name, pinned=body.pinned)), name))
 
 
 async def load(state: ServerState, body: LoadBody, *, replace: bool = False) -> dict[str, Any]:
     """Load an adapter that an HTTP request names; returns it as the API shows it."""
     check_name(body.name, state.model_names)
-    if body.name in state.engine.adapters and not replace:
+    last = state.engine.adapters.load(body.name) if body.name in state.engine.adapters else None
+    if last is not None and not replace:
         raise AdapterBusyError(
-            f"The adapter {body.name!r} is loaded already; reload it with PUT /v1/adapters/{body.name}.", param="name"
+            f"The adapter {body.name!r} is loaded already; reload it with PUT /v1/adapters/{body.name} or "
+            f"`specserve adapters reload {body.name}`.",
+            param="name",
         )
     roots = state.config.adapter_root
     call = LoadAdapter(
@@ -97,11 +106,11 @@ async def load(state: ServerState, body: LoadBody, *, replace: bool = False) -> 
         name=body.name,
         path=contained(body.path, roots, "path"),
         draft_path=None if body.draft_path is None else contained(body.draft_path, roots, "draft_path"),
-        pinned=body.pinned,
+        pinned=body.pinned or (last is not None and last.pinned),
+        weight=_weight(body.weight, last),
         replace=replace,
     )
-    await state.engine.call(call)
-    return await _look(state, body.name)
+    return _told(await state.engine.call(call), body.name)
 
 
 def check_name(name: str, base_names: Sequence[str]) -> None:
@@ -144,11 +153,19 @@ def _known(request: web.Request) -> str:
     return name
 
 
-async def _look(state: ServerState, name: str) -> dict[str, Any]:
-    for info in await state.engine.call(ListAdapters(call_id=0)):
-        if info.name == name:
-            return _adapter(info)
-    raise NotFoundError(f"The adapter {name!r} does not exist any more.", param="name")
+def _weight(asked: float | None, last: LoadAdapter | None) -> float:
+    """What a load asks for, else what the name had. Raises InvalidRequestError out of range."""
+    if asked is None:
+        return 1.0 if last is None else last.weight
+    check_weight(asked)
+    return asked
+
+
+def _told(infos: Sequence[AdapterInfo], name: str) -> dict[str, Any]:
+    """The adapter that the engine answered with."""
+    if not infos:
+        raise NotFoundError(f"The adapter {name!r} does not exist any more.", param="name")
+    return _adapter(infos[0])
 
 
 def _adapter(info: AdapterInfo) -> dict[str, Any]:

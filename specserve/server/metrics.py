@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from specserve.core.messages import AdapterInfo, EngineStats
+from specserve.core.messages import EngineStats
 from specserve.engine.client.async_engine import AsyncEngine
 from specserve.engine.client.recorder import FinishedRequest
-
-MAX_ADAPTER_LABELS = 100  # the most used ones; the rest add up under "other"
-TIERS = {"disk": 0, "host": 1, "device": 2}
+from specserve.server.adapter_metrics import MAX_ADAPTER_LABELS, adapter_metrics, tier_metrics
 
 # Seconds.
 _LATENCY = (
@@ -102,6 +100,7 @@ class EngineCollector:
         yield from self._counters(stats)
         yield self._lora_requests()
         yield from adapter_metrics(stats.adapters)
+        yield from tier_metrics(stats.adapter_tiers)
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
         used = stats.num_blocks - stats.num_free_blocks
@@ -153,25 +152,3 @@ class EngineCollector:
 
 def _list(names: set[str]) -> str:
     return ",".join(sorted(names)[:MAX_ADAPTER_LABELS])
-
-
-def adapter_metrics(adapters: Iterable[AdapterInfo]) -> Iterator[Metric]:
-    """`specserve:adapter_*{adapter}`: counters of the MAX_ADAPTER_LABELS most used, the sum of the rest as "other"."""
-    ranked = sorted(adapters, key=lambda info: (-info.requests, info.name))
-    named, rest = ranked[:MAX_ADAPTER_LABELS], ranked[MAX_ADAPTER_LABELS:]
-    for field, text in (
-        ("requests", "Requests that named the adapter."),
-        ("tokens", "Tokens generated with it."),
-        ("drafted", "Tokens drafted for its requests."),
-        ("accepted", "Of these, tokens accepted."),
-    ):
-        counter = CounterMetricFamily(f"specserve:adapter_{field}", text, labels=["adapter"])
-        for info in named:
-            counter.add_metric([info.name], getattr(info, field))
-        if rest:
-            counter.add_metric(["other"], sum(getattr(info, field) for info in rest))
-        yield counter
-    tier = GaugeMetricFamily("specserve:adapter_tier", "Where it is: 0 disk, 1 host, 2 device.", labels=["adapter"])
-    for info in named:
-        tier.add_metric([info.name], TIERS[info.tier])
-    yield tier

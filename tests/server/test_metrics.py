@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serverkit.processes import Server
 from specserve.core.messages import AdapterInfo
-from specserve.server.metrics import MAX_ADAPTER_LABELS, adapter_metrics
+from specserve.server.adapter_metrics import MAX_ADAPTER_LABELS, adapter_metrics
 
 # As vLLM exposes them; prometheus-client adds _total to counters.
 HISTOGRAMS = {

@@ -11,10 +11,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from specserve.config import EngineConfig
 from specserve.core.errors import AdapterError, ModelLoadError, NotFoundError
 from specserve.core.messages import (
     AdapterInfo,
+    AdapterTierStats,
     AddRequest,
     EngineStats,
     ErrorInfo,
@@ -69,11 +72,12 @@ class ScriptedCore:
         self._pause = float(os.environ.get("SCRIPTED_STEP_SECONDS", "0"))
         self._running: dict[str, Running] = {}
         self._adapters: dict[str, AdapterInfo] = {}
+        self._told: dict[str, AdapterInfo] = {}  # as the last statistics had them
         self._replies: list[Reply] = []
         self._steps = 0
         self._tokens = 0
         for name, path in config.loras:
-            self._register(name, path)
+            self._register(LoadAdapter(call_id=0, name=name, path=path))
 
     def add_request(self, request: AddRequest) -> None:
         for ref in request.lora:
@@ -91,14 +95,15 @@ class ScriptedCore:
             self._replies.append(self._load(call))
             return None
         if isinstance(call, ListAdapters):
-            return Reply(call_id=call.call_id, adapters=list(self._adapters.values()))
+            infos = [info for info in self._adapters.values() if call.name in (None, info.name)]
+            return Reply(call_id=call.call_id, adapters=infos)
         if call.name not in self._adapters:
             raise NotFoundError(f"The adapter {call.name!r} does not exist.", param="name")
         if isinstance(call, UnloadAdapter):
             del self._adapters[call.name]
-        else:
-            self._adapters[call.name].pinned = call.pinned
-        return Reply(call_id=call.call_id)
+            return Reply(call_id=call.call_id)
+        self._adapters[call.name].pinned = call.pinned
+        return Reply(call_id=call.call_id, adapters=[self._adapters[call.name]])
 
     def poll_replies(self) -> list[Reply]:
         replies, self._replies = self._replies, []
@@ -113,6 +118,9 @@ class ScriptedCore:
         return [self._advance(entry) for entry in list(self._running.values())]
 
     def stats(self) -> EngineStats:
+        changed = [info for name, info in self._adapters.items() if self._told.get(name) != info]
+        removed = [name for name in self._told if name not in self._adapters]
+        self._told = {name: replace(info) for name, info in self._adapters.items()}
         return EngineStats(
             num_running=len(self._running),
             num_blocks=100,
@@ -120,7 +128,9 @@ class ScriptedCore:
             steps=self._steps,
             generation_tokens=self._tokens,
             accepted_per_pos=[3, 1],
-            adapters=list(self._adapters.values()),
+            adapters=changed,
+            removed_adapters=removed,
+            adapter_tiers=AdapterTierStats(host_bytes=1000 * len(self._adapters), max_host_bytes=10**6, slots=8),
         )
 
     def close(self) -> None:
@@ -155,14 +165,22 @@ class ScriptedCore:
         if not Path(call.path).is_dir():
             error = ErrorInfo("invalid_adapter", f"{call.path} is no folder.", "path")
             return Reply(call_id=call.call_id, error=error)
-        self._register(call.name, call.path, pinned=call.pinned, has_draft=call.draft_path is not None)
+        self._register(call)
         return Reply(call_id=call.call_id, adapters=[self._adapters[call.name]])
 
-    def _register(self, name: str, path: str, *, pinned: bool = False, has_draft: bool = False) -> None:
-        if not Path(path).is_dir():
-            raise AdapterError(f"The adapter {name!r} cannot be read from {path}.", param="lora")
-        self._adapters[name] = AdapterInfo(
-            name=name, path=path, version=f"v-{name}", tier="host", rank=4, pinned=pinned, has_draft=has_draft
+    def _register(self, call: LoadAdapter) -> None:
+        if not Path(call.path).is_dir():
+            raise AdapterError(f"The adapter {call.name!r} cannot be read from {call.path}.", param="lora")
+        self._adapters[call.name] = AdapterInfo(
+            name=call.name,
+            path=call.path,
+            version=f"v-{call.name}" if call.read else "",
+            tier="host" if call.read else "disk",
+            rank=4,
+            num_bytes=1000,
+            pinned=call.pinned or (call.name in self._adapters and self._adapters[call.name].pinned),
+            weight=call.weight,
+            has_draft=call.draft_path is not None,
         )
 
 
