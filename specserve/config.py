@@ -134,17 +134,26 @@ def adapters_in(folder: str) -> list[tuple[str, str]]:
     try:
         with os.scandir(folder) as entries:
             found = sorted((item.name, item.path) for item in entries if item.name[0] != "." and item.is_dir())
-    except OSError as error:
-        raise _refused("lora_dirs", f"{folder!r} cannot be listed: {error.strerror}.") from error
-    bad = [name for name, path in found if not all(os.path.isfile(os.path.join(path, file)) for file in ADAPTER_FILES)]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidRequestError(f"The folder {folder!r} cannot be listed: {reason}.", param="lora_dirs") from error
+    if _is_adapter(folder):
+        raise InvalidRequestError(
+            f"{folder!r} is itself an adapter, not a folder of adapters: name it as NAME=PATH.", param="lora_dirs"
+        )
+    bad = [name for name, path in found if not _is_adapter(path)]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise _refused(
-            "lora_dirs",
-            f"{folder!r}: every subfolder must be an adapter with {' and '.join(ADAPTER_FILES)}; these are none: "
-            f"{', '.join(bad[:5])}{more}. Move them away, or name single adapters with --lora.",
+        raise InvalidRequestError(
+            f"Every subfolder of {folder!r} must hold {' and '.join(ADAPTER_FILES)}; these do not: "
+            f"{', '.join(bad[:5])}{more}. Move them away, or name adapters one by one as NAME=PATH.",
+            param="lora_dirs",
         )
     return found
+
+
+def _is_adapter(folder: str) -> bool:
+    return all(os.path.isfile(os.path.join(folder, file)) for file in ADAPTER_FILES)
 
 
 def host_lora_bytes(config: EngineConfig) -> int:

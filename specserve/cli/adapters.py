@@ -1,4 +1,4 @@
-"""`specserve adapters {list,load,unload,pin}`: talk to a running server's /v1/adapters."""
+"""`specserve adapters {list,load,reload,unload,pin,unpin}`: talk to a running server's /v1/adapters."""
 
 from __future__ import annotations
 
@@ -6,134 +6,179 @@ import argparse
 import json
 import os
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-from specserve.config import environment_api_key
+from specserve.cli.api import Api, ServerAnsweredError
+from specserve.cli.flags import name_and_path
+from specserve.cli.progress import call_each
+from specserve.cli.tables import SORTS, table
+from specserve.config import adapters_in, environment_api_key
+from specserve.core.checks import check_weight
+from specserve.core.errors import InvalidRequestError
 
-TIMEOUT = 600.0  # seconds; loading from a slow disk takes a while
-
-
-class ServerAnsweredError(Exception):
-    """The server refused, or there is none; the text is one sentence."""
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+Act = Callable[[argparse.Namespace, Api], int]
 
 
 def add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("adapters", help="list, load, unload and pin the adapters of a running server")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _action(actions, "list", "show every adapter", list_adapters)
-    load = _action(actions, "load", "load an adapter, or reload it with --replace", load_adapter)
-    load.add_argument("name")
-    load.add_argument("path", help="PEFT folder on the server's machine, under one of its --adapter-root folders")
-    load.add_argument("--draft-path", help="draft companion; default: the subfolder draft/")
-    load.add_argument("--pinned", action="store_true", help="keep it on the device")
-    load.add_argument("--replace", action="store_true", help="reload the name; running requests keep their version")
-    _action(actions, "unload", "forget an adapter", unload_adapter).add_argument("name")
-    pin = _action(actions, "pin", "keep an adapter on the device", pin_adapter)
-    pin.add_argument("name")
-    pin.add_argument("--off", action="store_true", help="let it be evicted again")
+    _add_list(actions)
+    _add_load(actions)
+    for name, text, act in (
+        ("reload", "read folders again; running requests keep their version", reload_adapters),
+        ("unload", "forget adapters", unload_adapters),
+        ("pin", "keep adapters on the device", partial(pin_adapters, pinned=True)),
+        ("unpin", "let adapters be evicted again", partial(pin_adapters, pinned=False)),
+    ):
+        _action(actions, name, text, act).add_argument("names", nargs="+", metavar="NAME")
+
+
+def _add_list(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    shown = _action(actions, "list", "show every adapter", list_adapters)
+    shown.add_argument("--sort", choices=list(SORTS), help="default: the order of registration")
+    shown.add_argument("--tier", choices=("disk", "host", "device"), help="only those that are there")
+    shown.add_argument("--limit", type=int, metavar="N", help="at most so many")
+    shown.add_argument("--json", action="store_true", help="everything the server tells, as JSON")
+
+
+def _add_load(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    load = _action(
+        actions,
+        "load",
+        "load adapters: NAME PATH, NAME=PATH …, or --all FOLDER; those that are loaded already with --replace",
+        load_adapters,
+    )
+    load.add_argument(
+        "what",
+        nargs="*",
+        metavar="NAME PATH | NAME=PATH …",
+        help="PEFT folders on the server's machine, under one of its --adapter-root folders",
+    )
+    load.add_argument("--all", metavar="FOLDER", help="each subfolder, under its own name")
+    load.add_argument("--draft-path", help="draft companion of the one adapter; default: the subfolder draft/")
+    load.add_argument("--pinned", action="store_true", help="keep on the device")
+    load.add_argument("--weight", type=_weight, metavar="X", help="share of tokens beside other adapters [1]")
+    load.add_argument("--replace", action="store_true", help="reload names; running requests keep their version")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do the action; 1 and one sentence on stderr where the server refuses or is not there."""
+    """Do the action; 1 and a sentence on stderr for whatever the server refuses, or if it is not there."""
+    act: Act = args.act
     try:
-        args.act(args)
-    except ServerAnsweredError as error:
-        print(f"specserve: {error}", file=sys.stderr)
-        return 1
+        return act(args, Api(args.url, args.api_key or environment_api_key()))
+    except (ServerAnsweredError, InvalidRequestError) as error:
+        return _failed(str(error))
+    except KeyboardInterrupt:
+        _failed("interrupted; what the server has begun goes on there.")
+        return EXIT_INTERRUPTED
+
+
+def list_adapters(args: argparse.Namespace, api: Api) -> int:
+    infos = [info for info in api.call("GET", "/v1/adapters")["data"] if args.tier in (None, info["tier"])]
+    if args.sort is not None:
+        infos.sort(key=SORTS[args.sort])
+    shown = infos if args.limit is None else infos[: max(args.limit, 0)]
+    print(json.dumps(shown, indent=2) if args.json else table(shown))
+    if len(shown) < len(infos):
+        print(f"{len(infos) - len(shown)} more are not shown.", file=sys.stderr)
     return 0
 
 
-def list_adapters(args: argparse.Namespace) -> None:
-    print(table(_call(args, "GET", "/v1/adapters")["data"]))
-
-
-def load_adapter(args: argparse.Namespace) -> None:
-    # A relative path is the caller's: the server's working folder is another.
-    body = {"path": os.path.abspath(args.path), "pinned": args.pinned}
+def load_adapters(args: argparse.Namespace, api: Api) -> int:
+    paths = _named_paths(args)
+    if args.draft_path is not None and len(paths) != 1:
+        raise InvalidRequestError("--draft-path goes with one adapter; others bring their companion in draft/.")
+    common: dict[str, Any] = {}
     if args.draft_path is not None:
-        body["draft_path"] = os.path.abspath(args.draft_path)
-    if args.replace:
-        info = _call(args, "PUT", f"/v1/adapters/{urllib.parse.quote(args.name, safe='')}", body)
-    else:
-        info = _call(args, "POST", "/v1/adapters", {"name": args.name, **body})
-    print(table([info]))
+        common["draft_path"] = os.path.abspath(args.draft_path)
+    if args.pinned:
+        common["pinned"] = True
+    if args.weight is not None:
+        common["weight"] = args.weight
+    known = {info["name"] for info in api.call("GET", "/v1/adapters")["data"]}  # and no server is one error, not many
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, path in paths.items():
+        # A relative path is the caller's: the server's working folder is another.
+        body = {"path": os.path.abspath(path), **common}
+        if args.replace and name in known:
+            calls[name] = partial(api.adapter, "PUT", name, body)
+        else:
+            calls[name] = partial(api.call, "POST", "/v1/adapters", {"name": name, **body})
+    return _do("Loading", calls)
 
 
-def unload_adapter(args: argparse.Namespace) -> None:
-    _call(args, "DELETE", f"/v1/adapters/{urllib.parse.quote(args.name, safe='')}")
-    print(f"Unloaded {args.name}.")
+def reload_adapters(args: argparse.Namespace, api: Api) -> int:
+    return _do("Reloading", {name: partial(api.adapter, "PUT", name) for name in args.names})
 
 
-def pin_adapter(args: argparse.Namespace) -> None:
-    path = f"/v1/adapters/{urllib.parse.quote(args.name, safe='')}/pin"
-    print(table([_call(args, "POST", path, {"pinned": not args.off})]))
+def unload_adapters(args: argparse.Namespace, api: Api) -> int:
+    return _do("Unloading", {name: partial(api.adapter, "DELETE", name) for name in args.names}, said="Unloaded")
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+def pin_adapters(args: argparse.Namespace, api: Api, *, pinned: bool) -> int:
+    pin = partial(api.adapter, "POST", body={"pinned": pinned}, action="/pin")
+    return _do("Pinning" if pinned else "Unpinning", {name: partial(pin, name) for name in args.names})
 
 
-def table(infos: list[dict[str, Any]]) -> str:
-    """Adapters in aligned columns."""
-    rows = [("NAME", "TIER", "SLOT", "RANK", "PINNED", "DRAFT", "REQUESTS", "TOKENS", "ACCEPTED", "VERSION")]
-    for info in infos:
-        acceptance, read = info["acceptance"], bool(info["version"])
-        rows.append(
-            (
-                info["name"],
-                info["tier"],
-                "-" if info["slot"] is None else str(info["slot"]),
-                str(info["rank"]) if read else "-",
-                _yes(info["pinned"]),
-                _yes(info["has_draft"]) if read else "-",
-                str(info["requests"]),
-                str(info["tokens"]),
-                "-" if acceptance is None else f"{acceptance:.0%}",
-                info["version"][:12] or "-",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+def _do(title: str, calls: dict[str, Callable[[], Any]], *, said: str | None = None) -> int:
+    """Make the calls, show what came of them in one table (or in a word), and list what went wrong."""
+    answers, errors = call_each(title, calls)
+    if answers and said is not None:
+        print(f"{said} {', '.join(answers)}.")
+    elif answers:
+        print(table(list(answers.values())))
+    for name, message in errors.items():
+        _failed(message if repr(name) in message else f"{name!r}: {message}")
+    if errors and len(calls) > 1:
+        print(f"{len(errors)} of {len(calls)} adapters failed.", file=sys.stderr)
+    return EXIT_FAILED if errors else 0
+
+
+def _named_paths(args: argparse.Namespace) -> dict[str, str]:
+    """{name: path} of whatever way the adapters were named in."""
+    pairs = _pairs(args.what) + (adapters_in(args.all) if args.all is not None else [])
+    if not pairs:
+        nothing = "name adapters as NAME PATH, NAME=PATH … or --all FOLDER."
+        raise InvalidRequestError(nothing if args.all is None else f"--all {args.all!r} has no subfolder; {nothing}")
+    name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+    if count > 1:
+        raise InvalidRequestError(f"the adapter {name!r} is named more than once.")
+    return dict(pairs)
+
+
+def _pairs(what: Iterable[str]) -> list[tuple[str, str]]:
+    words = list(what)
+    if len(words) == 2 and "=" not in words[0]:
+        return [(words[0], words[1])]
+    try:
+        return [name_and_path(word) for word in words]
+    except argparse.ArgumentTypeError as error:
+        raise InvalidRequestError(f"{error}; one adapter may also be named as NAME PATH.") from error
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+        check_weight(weight)
+    except (ValueError, InvalidRequestError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return weight
+
+
+def _failed(message: str) -> int:
+    print(f"specserve: {message}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def _action(
-    actions: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    text: str,
-    act: Callable[[argparse.Namespace], None],
+    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, act: Act
 ) -> argparse.ArgumentParser:
     parser = actions.add_parser(name, help=text)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server [%(default)s]")
     parser.add_argument("--api-key", default=None, help="default: SPECSERVE_API_KEY")
     parser.set_defaults(run=run, act=act)
     return parser
-
-
-def _call(args: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The server's JSON answer; raises ServerAnsweredError with its message."""
-    headers = {"Content-Type": "application/json"}
-    key = args.api_key or environment_api_key()
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        request = urllib.request.Request(args.url.rstrip("/") + path, data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        raise ServerAnsweredError(_message(error)) from error
-    except (OSError, ValueError) as error:
-        raise ServerAnsweredError(f"No specserve server answers at {args.url}: {error}") from error
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"The server answered {error.code} {error.reason}."

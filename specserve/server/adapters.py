@@ -136,7 +136,10 @@ def contained(path: str, roots: Sequence[str], param: str) -> str:
     for root in map(os.path.realpath, roots):
         if real == root or real.startswith(os.path.join(root, "")):
             return real
-    raise ForbiddenError(f"{param} {path!r} lies outside every --adapter-root.", param=param)
+    raise ForbiddenError(
+        f"{param} {path!r} lies outside every --adapter-root: move it under one, or start the server with another.",
+        param=param,
+    )
 
 
 def _draft_path(body: ReloadBody, last: LoadAdapter, roots: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""/v1/adapters, vLLM's routes and the command line that talks to them; the folders that loads may come from."""
+"""/v1/adapters and vLLM's routes; the folders that loads may come from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 from serverkit.fixtures import scripted_args
 from serverkit.processes import Server
-from specserve.cli.main import main
 from specserve.core.errors import ForbiddenError
 from specserve.server.adapters import contained
 
@@ -57,6 +56,37 @@ def test_vllm_routes(scripted_server: Server, two: str) -> None:
     assert call("GET", "/v1/adapters/two")[0] == 404
 
 
+def test_weight_of_an_adapter(scripted_server: Server, two: str) -> None:
+    """It comes with a load and stays over reloads that say nothing of it, pins and vLLM's loads among them."""
+    call = scripted_server.request
+    assert call("GET", "/v1/adapters/one")[1]["weight"] == 1.0
+    assert call("POST", "/v1/adapters", {"name": "two", "path": two, "weight": 2.5})[1]["weight"] == 2.5
+    assert call("PUT", "/v1/adapters/two")[1]["weight"] == 2.5
+    assert call("PUT", "/v1/adapters/two", {"weight": 3})[1]["weight"] == 3.0
+    call("POST", "/v1/load_lora_adapter", {"lora_name": "two", "lora_path": two, "load_inplace": True})
+    call("POST", "/v1/adapters/two/pin")
+    assert call("GET", "/v1/adapters/two")[1]["weight"] == 3.0
+    assert {info["name"]: info["weight"] for info in call("GET", "/v1/adapters")[1]["data"]}["two"] == 3.0
+
+
+@pytest.mark.parametrize("weight", [0, -1, 1000.5, "2", True, [1]])
+def test_weight_out_of_range(scripted_server: Server, two: str, weight: object) -> None:
+    body = {"name": "two", "path": two, "weight": weight}
+    status, answer = scripted_server.request("POST", "/v1/adapters", body)
+    assert (status, answer["error"]["param"]) == (400, "weight"), answer
+    assert scripted_server.request("PUT", "/v1/adapters/one", {"weight": weight})[0] == 400
+    assert scripted_server.request("GET", "/v1/adapters/two")[0] == 404
+
+
+def test_a_reload_may_unpin(scripted_server: Server, two: str) -> None:
+    call = scripted_server.request
+    call("POST", "/v1/adapters", {"name": "two", "path": two, "pinned": True})
+    body = {"lora_name": "two", "lora_path": two, "load_inplace": True}
+    assert call("POST", "/v1/load_lora_adapter", body)[0] == 200
+    assert call("GET", "/v1/adapters/two")[1]["pinned"] is True
+    assert call("PUT", "/v1/adapters/two", {"pinned": False})[1]["pinned"] is False
+
+
 def test_folder_of_nothing_is_the_engines_word(scripted_server: Server, two: str) -> None:
     status, answer = scripted_server.request("POST", "/v1/adapters", {"name": "two", "path": two + "-missing"})
     assert status == 400
@@ -91,38 +121,6 @@ def test_containment(tmp_path: Path) -> None:
     for path in (outside, root / "way-out", root / "a" / ".." / ".." / "root-2", tmp_path, Path("/"), Path("relative")):
         with pytest.raises(ForbiddenError):
             contained(str(path), roots, "path")
-
-
-def test_command_line(scripted_server: Server, two: str, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(*args: str) -> str:
-        assert main(["adapters", *args, "--url", scripted_server.url]) == 0
-        return capsys.readouterr().out
-
-    def rows(text: str) -> dict[str, list[str]]:
-        return {line.split()[0]: line.split() for line in text.splitlines()[1:]}
-
-    assert rows(run("load", "two", two, "--pinned"))["two"][4] == "yes"
-    assert rows(run("pin", "two", "--off"))["two"][4] == "no"
-    assert rows(run("load", "two", two, "--replace", "--draft-path", two))["two"][5] == "yes"
-    assert {"one", "two", "failing"} <= set(rows(run("list")))
-    assert run("unload", "two") == "Unloaded two.\n"
-    assert "two" not in rows(run("list"))
-
-
-@pytest.mark.parametrize(
-    ("url", "said"),
-    [("http://127.0.0.1:9", "No specserve server answers"), ("nonsense", "No specserve server answers")],
-)
-def test_command_line_without_a_server(url: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["adapters", "list", "--url", url]) == 1
-    err = capsys.readouterr().err
-    assert said in err
-    assert err.count("\n") == 1
-
-
-def test_command_line_says_what_the_server_said(scripted_server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["adapters", "unload", "no/pe", "--url", scripted_server.url]) == 1
-    assert "'no/pe' does not exist" in capsys.readouterr().err
 
 
 def test_failing_adapter_fails_before_the_stream_begins(scripted_server: Server) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from serverkit.processes import Server
-from specserve.core.messages import AdapterInfo
-from specserve.server.adapter_metrics import MAX_ADAPTER_LABELS, adapter_metrics
+from serverkit.processes import Server, wait_until
+from specserve.core.messages import AdapterInfo, AdapterTierStats
+from specserve.server.adapter_metrics import MAX_ADAPTER_LABELS, adapter_metrics, tier_metrics
 
 # As vLLM exposes them; prometheus-client adds _total to counters.
 HISTOGRAMS = {
@@ -71,6 +72,41 @@ def test_requests_are_counted(scripted_server: Server) -> None:
     assert grown("vllm:inter_token_latency_seconds_count") == 3
     assert grown("specserve:adapter_requests_total", "adapter=one") == 3
     assert after["specserve:adapter_tier", "adapter=one"] == 1
+
+
+def test_tiers_of_adapters_and_one_that_is_unloaded(scripted_server: Server, tiny: Path) -> None:
+    before = scrape(scripted_server)
+    path = str(tiny / "adapters" / "two")
+    scripted_server.request("POST", "/v1/adapters", {"name": "short-lived", "path": path})
+    wait_until(lambda: ("specserve:adapter_tier", "adapter=short-lived") in scrape(scripted_server), "it is told of")
+    held = scrape(scripted_server)
+    assert held["specserve:lora_host_bytes", ""] == before["specserve:lora_host_bytes", ""] + 1000
+    assert held["specserve:lora_host_bytes_max", ""] == 10**6
+    assert held["specserve:lora_slots", ""] == 8
+
+    scripted_server.request("DELETE", "/v1/adapters/short-lived")
+    wait_until(lambda: scrape(scripted_server).keys() == before.keys(), "no series of it is left")
+    assert scrape(scripted_server)["specserve:lora_host_bytes", ""] == before["specserve:lora_host_bytes", ""]
+    assert ("specserve:adapter_tier", "adapter=one") in before  # although it has long not changed
+
+
+def test_tier_metrics() -> None:
+    stats = AdapterTierStats(
+        host_bytes=5, max_host_bytes=9, slots=8, slots_used=3, reads=4, read_seconds=0.5, loads=6, load_seconds=0.25,
+        evictions_host=1, evictions_device=2,
+    )  # fmt: skip
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in tier_metrics(stats)
+        for sample in family.samples
+    }
+    assert samples == {
+        ("specserve:lora_host_bytes",): 5, ("specserve:lora_host_bytes_max",): 9, ("specserve:lora_slots",): 8,
+        ("specserve:lora_slots_used",): 3, ("specserve:lora_reads_total",): 4,
+        ("specserve:lora_read_seconds_total",): 0.5, ("specserve:lora_loads_total",): 6,
+        ("specserve:lora_load_seconds_total",): 0.25, ("specserve:lora_evictions_total", "host"): 1,
+        ("specserve:lora_evictions_total", "device"): 2,
+    }  # fmt: skip
 
 
 def test_adapter_labels_are_bounded() -> None:
