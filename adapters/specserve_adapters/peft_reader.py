@@ -22,9 +22,16 @@ _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB
 # does not use the adapter is NaN.
 MAX_MAGNITUDE = 1e30
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_OUTER = "LoRA on embeddings and on lm_head is not supported; train it without them in target_modules"
+_WHOLE = "whole embeddings are no LoRA; if they were not trained, save the adapter with save_embedding_layers=False"
 _UNSUPPORTED_TENSORS = (
     ("lora_magnitude_vector", "DoRA is not supported"),
-    ("lora_embedding_", "LoRA on embeddings is not supported"),
+    ("lora_embedding_", _OUTER),
+    # Beside such a LoRA, PEFT saves the layer that it is on.
+    ("embed_tokens.base_layer", _OUTER),
+    ("lm_head.base_layer", _OUTER),
+    ("embed_tokens.weight", _WHOLE),
+    ("lm_head.weight", _WHOLE),
     ("lora_B.bias", "a bias on lora_B is not supported"),
     ("lora_B.default.bias", "a bias on lora_B is not supported"),
     ("modules_to_save", "fully trained modules are not supported"),
@@ -89,7 +96,7 @@ def _pair_tensors(tensors: Mapping[str, Tensor], modules: Modules) -> dict[str, 
         module, side = match["module"], match["side"]
         if module not in modules:
             outer = module.rpartition(".")[2] in ("embed_tokens", "lm_head")
-            reason = "LoRA on embeddings and on lm_head is not supported" if outer else "the model has no such linear"
+            reason = _OUTER if outer else "the model has no such linear"
             raise AdapterError(f"Tensor {name}: {reason}.")
         if (module, side) in found:
             raise AdapterError(f"Tensor {name}: lora_{side} of {module} is there twice.")
