@@ -74,6 +74,44 @@ class Download:
         return self._copies
 
 
+class SideStream:
+    """A second queue of work on a GPU, for copies into memory that no work on the main one reads meanwhile. On a CPU
+    work is done as it comes, in whatever queue."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """What is queued inside goes here, behind all that either queue was given before. The main one goes on."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> Mark:
+        """A mark behind all that this queue was given so far."""
+        return Mark(self._stream)
+
+
+class Mark:
+    """A place in a queue of work."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._event: torch.cuda.Event | None = None
+        if stream is not None:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(stream)
+
+    def passed(self) -> bool:
+        """Whether all work before it is done. Never waits."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+
 def _to_pinned(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 

@@ -11,38 +11,30 @@ then) is forgotten; the next request gets a new one, read anew. A reload puts a 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from specserve.core.errors import AdapterBusyError, AdapterError, InvalidRequestError, SpecserveError
-from specserve.core.messages import AdapterInfo, LoraRef
+from specserve.core.errors import AdapterBusyError, AdapterError
+from specserve.core.messages import AdapterInfo, AdapterTierStats, LoraRef
 from specserve.core.plan import AdapterLoad
-from specserve_adapters.catalogue import Catalogue, adapter_info
-from specserve_adapters.entry import (
-    AdapterSource,
-    AdapterUse,
-    Entry,
-    LoadTicket,
-    NameRecord,
-    Read,
-    merge_uses,
-    to_float32,
-)
+from specserve_adapters.entry import AdapterSource, AdapterUse, LoadTicket, merge_uses, to_float32
 from specserve_adapters.host_adapter import HostAdapter
+from specserve_adapters.intake import Intake
+from specserve_adapters.library import Library
 from specserve_adapters.live import LiveUses, Uses
-from specserve_adapters.reading import ReadQueue, ReadSettings, check_source, read_source
+from specserve_adapters.reading import ReadSettings, check_source, read_source
+from specserve_adapters.room import check_pin, check_request
 from specserve_adapters.spec import LinearSpec
-from specserve_adapters.store import StoredAdapter
-from specserve_adapters.tiers import Tiers
 
 __all__ = ["AdapterManager", "AdapterUse", "LoadTicket"]
 
 # `list` is a method of the class, so its signatures cannot name the type.
 Placement = tuple[tuple[tuple[int, float], ...], list[AdapterLoad]]
 AdapterInfos = list[AdapterInfo]
+Changes = tuple[list[AdapterInfo], list[str]]
 AdapterKey = list[tuple[str, float]]
 LoadTickets = list[LoadTicket]
 
@@ -67,15 +59,16 @@ class AdapterManager:
         pin_memory: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._settings = ReadSettings(
+        self._settings = settings = ReadSettings(
             target_specs, draft_specs, max_rank, max_host_bytes, dtype, draft_dtype, pin_memory
         )
-        self._tiers = Tiers(num_slots, max_host_bytes)
-        self._names = Catalogue()
+        self._library = Library(num_slots, max_host_bytes)
+        self._names, self._tiers = self._library.names, self._library.tiers
         self._live = LiveUses()
-        self._reads: ReadQueue[Read] = ReadQueue(lambda read: read_source(read.source, self._settings))
-        self._loading: list[LoadTicket] = []
-        self._finished: list[LoadTicket] = []
+        self._intake = Intake(self._library, self._live, lambda source: read_source(source, settings))
+        self._begun: deque[float] = deque()  # when each load under way began
+        self._loads = 0
+        self._load_seconds = 0.0
         self._clock = clock
 
     # --- names ---------------------------------------------------------------------------------------------------
@@ -111,9 +104,8 @@ class AdapterManager:
         ticket = LoadTicket(name, _source(name, path, draft_path), pinned, replace, weight)
         self._names.check(ticket.source, replace)
         if pinned:
-            self._check_pin(self._names.find(name), ticket)
-        self._loading.append(ticket)
-        self._reads.submit(Read(ticket.source, ticket))
+            check_pin(self._names.find(name), ticket, self._names, self._live, self._tiers.slots.num_slots)
+        self._intake.load(ticket)
         return ticket
 
     def unload(self, name: str) -> None:
@@ -125,9 +117,10 @@ class AdapterManager:
         if record.pinned:
             raise AdapterBusyError(f"Adapter {name!r} is pinned; unpin it before unloading it.", param="name")
         self._names.remove(record)
-        for ticket in [ticket for ticket in self._loading if ticket.name == name]:
-            self._finish(ticket, AdapterBusyError(f"Adapter {name!r} was unloaded while it was loading.", param="name"))
-        self._tiers.keep_only(self._names.versions())
+        self._intake.cancel(name)
+        if record.current is not None:
+            self._library.reclaim(record.current.version)
+        self._intake.room_made()
 
     def pin(self, name: str, pinned: bool) -> None:
         """Pin: it is read if need be, stays in host memory, and keeps its device slot from its first use on.
@@ -135,20 +128,41 @@ class AdapterManager:
         Raises NotFoundError, and AdapterBusyError when requests would have too few slots left.
         """
         record = self._names.get(name)
+        entry = self._names.current(record)
         if pinned and not record.pinned:
-            entry = self._names.current(record)
-            self._check_pin(record, entry)
-            self._start_read(entry)
-        record.pinned = pinned
-        self._sync_pins()
+            check_pin(record, entry, self._names, self._live, self._tiers.slots.num_slots)
+        self._library.pin(record, pinned)
+        if pinned:
+            self._intake.start(entry)
+        self._intake.room_made()
 
     def info(self, name: str) -> AdapterInfo:
         """One adapter's state. Raises NotFoundError."""
-        return self._info(self._names.get(name))
+        return self._library.info(self._names.get(name))
 
     def list(self) -> AdapterInfos:
         """All registered adapters, in the order of their registration."""
-        return [self._info(record) for record in self._names]
+        return [self._library.info(record) for record in self._names]
+
+    def changed(self) -> Changes:
+        """What changed since the last call: infos as they are now, and names that are gone. At first, everything."""
+        return self._library.changed()
+
+    def stats(self) -> AdapterTierStats:
+        """The tiers as a whole."""
+        tiers, queue = self._tiers, self._intake.queue
+        return AdapterTierStats(
+            host_bytes=tiers.store.num_bytes,
+            max_host_bytes=tiers.store.max_bytes,
+            slots=tiers.slots.num_slots,
+            slots_used=len(tiers.slots),
+            reads=queue.reads,
+            read_seconds=queue.seconds,
+            loads=self._loads,
+            load_seconds=self._load_seconds,
+            evictions_host=tiers.evictions_host,
+            evictions_device=tiers.evictions_device,
+        )
 
     # --- requests ------------------------------------------------------------------------------------------------
 
@@ -164,7 +178,7 @@ class AdapterManager:
         uses = tuple(
             AdapterUse(self._names.current(record), scale) for record, scale in zip(records, scales, strict=True)
         )
-        self._check_slots(uses)
+        check_request(uses, self._names, self._tiers.slots.num_slots)
         self._live.acquire(uses)
         for use in uses:
             if use.entry.loaded:
@@ -172,10 +186,12 @@ class AdapterManager:
         for record in set(records):
             record.requests += 1
             record.last_used = self._clock()
+            self._names.touch(record)
         return uses
 
     def prepare(self, uses: Uses) -> bool:
-        """True: all in host memory. False: they are being read; ask again after a poll().
+        """True: all in host memory. False: they are being read; ask again after a poll(). The first call starts the
+        reads, so that whoever waits is best prepared at once.
 
         Raises AdapterError when a read failed, for every request that waited for it; later requests read anew.
         """
@@ -183,13 +199,14 @@ class AdapterManager:
             if use.entry.error is not None:
                 raise AdapterError(use.entry.error.message, param="lora")
         for use in uses:
-            self._start_read(use.entry)
+            self._intake.start(use.entry)
         return all(use.entry.loaded for use in uses)
 
     def take_slots(self, uses: Uses) -> Placement | None:
-        """A prepared request takes a device row: its (slot, weight) pairs and what must be loaded into slots first.
+        """A prepared request takes its slots: their (slot, weight) pairs and what must be loaded into them first.
 
-        None: no slot can be freed now; nothing was taken.
+        The loads are to begin in this order; a slot may be read once `slots_live` says so. None: no slot can be freed
+        now; nothing was taken.
         """
         merged = merge_uses(uses)
         if not self._tiers.slots.can_take([version for version, _ in merged]):
@@ -197,31 +214,56 @@ class AdapterManager:
         pairs: list[tuple[int, float]] = []
         loads: list[AdapterLoad] = []
         for version, scale in merged:
-            taken = self._tiers.slots.take(version)
+            taken = self._tiers.take(version)
             assert taken is not None
-            slot, needs_load = taken
-            pairs.append((slot, scale))
-            if needs_load:
-                loads.append(AdapterLoad(slot, version))
+            pairs.append((taken.slot, scale))
+            if taken.needs_load:
+                loads.append(AdapterLoad(taken.slot, version))
+                self._begun.append(time.perf_counter())
+            if taken.evicted is not None:
+                self._names.touch_version(taken.evicted)
         self._live.place(uses)
+        self._touch(uses)
         return tuple(pairs), loads
 
+    def slots_live(self, uses: Uses) -> bool:
+        """Whether the slots that this request took hold its adapters: no load of theirs is under way."""
+        return all(self._tiers.slots.is_live(use.entry.version) for use in uses)
+
+    def loaded(self, load: AdapterLoad) -> None:
+        """A load ended, the oldest of its slot. The slot may stand for another version by now, whose load is then under
+        way behind it, or be free."""
+        self._tiers.slots.loaded(load.slot)
+        self._loads += 1
+        self._load_seconds += time.perf_counter() - self._begun.popleft()
+        self._names.touch_version(load.version)
+
+    @property
+    def num_loading(self) -> int:
+        """Loads that have not ended."""
+        return len(self._begun)
+
     def release_slots(self, uses: Uses) -> None:
-        """The request left its device row (finished, aborted, preempted); the slots stay warm."""
+        """The request gives its slots back (finished, aborted, preempted), loaded or not; they stay warm."""
         self._live.unplace(uses)
         for version, _ in merge_uses(uses):
             self._tiers.slots.release(version)
+        self._touch(uses)
 
     def release(self, uses: Uses) -> None:
         """The request is gone, after `release_slots` if it had slots."""
+        if not uses:
+            return
         self._live.release(uses)
         for use in uses:
             use.entry.record.last_used = self._clock()
             if use.entry.loaded:
                 self._tiers.store.release(use.entry.version)
-        if not all(self._names.is_current(use.entry) for use in uses):
-            self._tiers.keep_only(self._names.versions())
-        self._names.forget(self._tiers.trim())
+        for use in uses:
+            self._library.reclaim(use.entry.version)
+        self._touch(uses)
+        self._library.trim()
+        self._intake.room_made()
 
     def cache_key(self, uses: Uses) -> AdapterKey:
         """What the adapters add to the identity of cached KV: sorted (version, float32 scale); [] for the base model.
@@ -246,142 +288,37 @@ class AdapterManager:
             record.tokens += tokens
             record.drafted += drafted
             record.accepted += accepted
+            self._names.touch(record)
 
     # --- reads ---------------------------------------------------------------------------------------------------
 
     def poll(self) -> LoadTickets:
         """Take in what was read: loads that ended since the last poll, well or badly. Never blocks."""
-        while (done := self._reads.finished()) is not None:
-            read, result = done
-            if not self._settle(read.purpose, result):
-                break  # it waits for room, and with it what comes after
-            self._reads.pop()
-        finished, self._finished = self._finished, []
-        return finished
+        return self._intake.poll()
 
     @property
     def num_reading(self) -> int:
         """Reads that are queued, under way or waiting for room."""
-        return len(self._reads)
+        return len(self._intake.queue)
 
-    def wait(self, timeout: float) -> None:
-        """Block until the read under way ends, at most `timeout` seconds: for an engine with nothing else to do."""
-        self._reads.wait(timeout)
+    def wait(self, timeout: float) -> bool:
+        """Block until the reads under way end, at most `timeout` seconds: for an engine with nothing else to do. False
+        if there are none; one that ended may still wait for room."""
+        return self._intake.queue.wait(timeout)
 
     def close(self) -> None:
-        """End the reading thread."""
-        self._reads.close()
-
-    def _settle(self, purpose: Entry | LoadTicket, result: StoredAdapter | AdapterError) -> bool:
-        """Deal with one finished read. False: it must wait for room in the host tier."""
-        if isinstance(purpose, LoadTicket):
-            if purpose.done:  # its name was unloaded meanwhile
-                return True
-        elif not purpose.refs and not self._names.is_current(purpose):
-            return True
-        try:
-            if isinstance(result, AdapterError):
-                raise result
-            self._check_admission(purpose, result)
-        except SpecserveError as error:
-            self._fail(purpose, error)
-            return True
-        evicted = self._tiers.put(result, force=self._live.stuck())
-        if evicted is None:
-            return False
-        self._names.forget(evicted)
-        if isinstance(purpose, LoadTicket):
-            self._install(purpose, result)
-        else:
-            self._fill(purpose, result)
-        self._sync_pins()
-        return True
-
-    def _check_admission(self, purpose: Entry | LoadTicket, stored: StoredAdapter) -> None:
-        source = purpose.source
-        if stored.version not in self._tiers.store and not self._tiers.store.can_ever_fit(stored):
-            raise AdapterError(
-                f"Adapter {source.name!r} needs {stored.num_bytes} bytes of host memory; adapters may take "
-                f"{self._tiers.store.max_bytes}, pinned ones included. Unpin adapters or allow more.",
-                param="path",
-            )
-        if isinstance(purpose, LoadTicket):
-            self._names.check(source, purpose.replace, stored.version)
-            record = self._names.find(source.name)
-            if purpose.pinned or (record is not None and record.pinned):
-                self._check_pin(record, purpose)
-
-    def _install(self, ticket: LoadTicket, stored: StoredAdapter) -> None:
-        record = self._names.add(ticket.source)
-        if record.current is None or record.current.version != stored.version:
-            record.current = Entry(record, ticket.source, stored.version)
-        record.source = ticket.source
-        record.pinned = record.pinned or ticket.pinned
-        record.weight = ticket.weight
-        _describe(record, stored)
-        self._finish(ticket, None)
-        self._tiers.keep_only(self._names.versions())
-
-    def _fill(self, entry: Entry, stored: StoredAdapter) -> None:
-        entry.version, entry.reading = stored.version, False
-        for _ in range(entry.refs):
-            self._tiers.store.acquire(stored.version)
-        if self._names.is_current(entry):
-            _describe(entry.record, stored)
-
-    def _fail(self, purpose: Entry | LoadTicket, error: SpecserveError) -> None:
-        if isinstance(purpose, LoadTicket):
-            self._finish(purpose, error)
-            return
-        purpose.error, purpose.reading = error, False
-        if purpose.record.current is purpose:
-            purpose.record.current = None  # so that the next request reads again
-
-    def _finish(self, ticket: LoadTicket, error: SpecserveError | None) -> None:
-        ticket.error, ticket.done = error, True
-        self._loading.remove(ticket)
-        self._finished.append(ticket)
+        """End the reading threads."""
+        self._intake.queue.close()
 
     # --- helpers -------------------------------------------------------------------------------------------------
 
-    def _info(self, record: NameRecord) -> AdapterInfo:
-        slot = self._tiers.slots.slot_of(record.current.version) if record.current is not None else None
-        return adapter_info(record, slot)
-
-    def _start_read(self, entry: Entry) -> None:
-        if not (entry.loaded or entry.reading or entry.error):
-            entry.reading = True
-            self._reads.submit(Read(entry.source, entry))
-
-    def _check_slots(self, uses: Uses) -> None:
-        """Raise unless the adapters of one request fit the slots beside the pinned ones."""
-        num_slots = self._tiers.slots.num_slots
-        entries = {use.entry for use in uses}
-        if len(entries) > num_slots:
-            raise InvalidRequestError(
-                f"lora: {len(entries)} adapters in one request; the device has {num_slots} slots.", param="lora"
-            )
-        if entries and len(self._names.pins() | entries) > num_slots:
-            raise AdapterBusyError(
-                f"lora: pinned adapters leave too few of the {num_slots} device slots; unpin some.", param="lora"
-            )
-
-    def _check_pin(self, record: NameRecord | None, pin: Entry | LoadTicket) -> None:
-        """Raise unless every live request could still get its slots if `pin` became the pinned version of `record`."""
-        num_slots = self._tiers.slots.num_slots
-        if not self._live.fit(num_slots, self._names.pins(without=record) | {pin}):
-            raise AdapterBusyError(
-                f"Too few of the {num_slots} device slots would be left for others; unpin another adapter.",
-                param="pinned",
-            )
-
-    def _sync_pins(self) -> None:
-        self._tiers.pin(self._names.versions(pinned=True))
-        self._names.forget(self._tiers.trim())
+    def _touch(self, uses: Uses) -> None:
+        for use in uses:
+            self._names.touch(use.entry.record)
 
     def check_integrity(self) -> None:
         """References, slots and memory agree with the live requests; nothing unreachable is kept."""
-        self._tiers.check_integrity()
+        self._library.check_integrity()
         store, slots = self._tiers.store, self._tiers.slots
         live = self._live.references()
         current = {record.current for record in self._names if record.current is not None}
@@ -394,13 +331,8 @@ class AdapterManager:
         assert set(store) <= in_host.keys(), "nobody can reach it, but it is kept"
         placed = self._live.slot_uses()
         assert all(slots.uses(version) == placed[version] for version in store)
-        assert store.pinned == slots.pinned == self._names.versions(pinned=True)
+        assert slots.num_loading == self.num_loading
 
 
 def _source(name: str, path: str | Path, draft_path: str | Path | None) -> AdapterSource:
     return AdapterSource(name, Path(path), Path(draft_path) if draft_path is not None else None)
-
-
-def _describe(record: NameRecord, stored: StoredAdapter) -> None:
-    record.version, record.rank, record.num_bytes = stored.version, stored.rank, stored.num_bytes
-    record.has_draft = stored.draft is not None

@@ -1,8 +1,10 @@
-"""Reads of adapter folders: what one read gives, and the one thread on which they happen, in order."""
+"""Reads of adapter folders: what one read gives, and the threads on which they happen."""
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,6 +22,7 @@ from specserve_adapters.peft_reader import parse_adapter
 from specserve_adapters.spec import LinearSpec
 from specserve_adapters.store import StoredAdapter
 
+READERS = 2
 _Job = TypeVar("_Job")
 _log = logging.getLogger(__name__)
 
@@ -79,50 +82,59 @@ def _parse(files: AdapterFiles, specs: Sequence[LinearSpec], dtype: torch.dtype,
 
 
 class ReadQueue(Generic[_Job]):
-    """Jobs read one after the other on one thread. A finished one stays at the head until it is popped, and only then
-    does the next begin: at most one adapter is in memory that the host tier does not hold yet."""
+    """Jobs begun in order, a few at once, so that none waits for one slow disk or one large adapter alone. A finished
+    one keeps its place until it is popped: at most `READERS` adapters are in memory that the host tier does not hold.
 
-    def __init__(self, read: Callable[[_Job], StoredAdapter]) -> None:
+    `wanted` is asked, by the owner's thread, before a job begins; one that nobody wants any more is dropped.
+    """
+
+    def __init__(
+        self, read: Callable[[_Job], StoredAdapter], wanted: Callable[[_Job], bool] = lambda job: True
+    ) -> None:
         self._read = read
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-reader")
-        self._jobs: deque[_Job] = deque()
-        self._head: Future[StoredAdapter] | None = None
+        self._wanted = wanted
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="adapter-reader")
+        self._waiting: deque[_Job] = deque()
+        self._begun: dict[_Job, Future[StoredAdapter]] = {}
+        self.reads = 0  # that ended, well or badly, and the seconds that they took
+        self.seconds = 0.0
+        self._counting = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        return len(self._waiting) + len(self._begun)
 
     def submit(self, job: _Job) -> None:
         """Read it after those before it."""
-        self._jobs.append(job)
-        if self._head is None:
-            self._head = self._thread.submit(self._run, job)
+        self._waiting.append(job)
+        self._begin()
 
-    def finished(self) -> tuple[_Job, StoredAdapter | AdapterError] | None:
-        """The job at the head and what its read gave, if it is finished. Never blocks."""
-        if self._head is None or not self._head.done():
-            return None
-        error = self._head.exception()
-        if error is None:
-            return self._jobs[0], self._head.result()
-        if not isinstance(error, AdapterError):
-            raise error
-        return self._jobs[0], error
+    def finished(self) -> list[tuple[_Job, StoredAdapter | AdapterError]]:
+        """The jobs that are finished and what their reads gave, in the order of their submission. Never blocks."""
+        return [(job, _result(future)) for job, future in self._begun.items() if future.done()]
 
-    def pop(self) -> None:
-        """Done with the head: begin the next."""
-        self._jobs.popleft()
-        self._head = self._thread.submit(self._run, self._jobs[0]) if self._jobs else None
+    def pop(self, job: _Job) -> None:
+        """Done with a finished job: another may begin."""
+        del self._begun[job]
+        self._begin()
 
-    def wait(self, timeout: float) -> None:
-        """Block until the head is finished, at most `timeout` seconds; at once if there is none."""
-        if self._head is not None:
-            wait([self._head], timeout)
+    def wait(self, timeout: float) -> bool:
+        """Block until the reads under way end, at most `timeout` seconds. False at once if there are none."""
+        under_way = [future for future in self._begun.values() if not future.done()]
+        wait(under_way, timeout)
+        return bool(under_way)
 
     def close(self) -> None:
-        """End the thread after the read under way."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """End the threads after the reads under way."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self) -> None:
+        while self._waiting and len(self._begun) < READERS:
+            job = self._waiting.popleft()
+            if self._wanted(job):
+                self._begun[job] = self._threads.submit(self._run, job)
 
     def _run(self, job: _Job) -> StoredAdapter:
+        began = time.perf_counter()
         try:
             return self._read(job)
         except AdapterError:
@@ -130,3 +142,16 @@ class ReadQueue(Generic[_Job]):
         except Exception as error:  # a file nobody foresaw fails its own load, not the engine
             _log.exception("Reading an adapter failed unexpectedly")
             raise AdapterError(f"The adapter cannot be read: {type(error).__name__}: {error}.", param="path") from error
+        finally:
+            with self._counting:
+                self.reads += 1
+                self.seconds += time.perf_counter() - began
+
+
+def _result(future: Future[StoredAdapter]) -> StoredAdapter | AdapterError:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if not isinstance(error, AdapterError):
+        raise error
+    return error

@@ -33,9 +33,23 @@ class HostStore:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.pinned: frozenset[str] = frozenset()
         self._adapters: dict[str, StoredAdapter] = {}  # least recently used first
+        self._idle: dict[str, None] = {}  # those of them that may be evicted, in the same order
+        self._idle_bytes = 0
         self._refs: dict[str, int] = {}  # > 0
+        self._pinned: frozenset[str] = frozenset()
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Versions that stay."""
+        return self._pinned
+
+    @pinned.setter
+    def pinned(self, versions: frozenset[str]) -> None:
+        if versions != self._pinned:
+            self._pinned = versions
+            self._idle = dict.fromkeys(version for version in self._adapters if self._is_idle(version))
+            self._idle_bytes = sum(self._adapters[version].num_bytes for version in self._idle)
 
     def get(self, version: str) -> StoredAdapter | None:
         return self._adapters.get(version)
@@ -60,15 +74,17 @@ class HostStore:
 
         `force` takes it in whatever the budget says, evicting what can be. A version that is there already is kept.
         """
-        if adapter.version in self._adapters:
-            self._touch(adapter.version)
+        version = adapter.version
+        if version in self._adapters:
+            self._touch(version)
             return []
         over = self.num_bytes + adapter.num_bytes - self.max_bytes
-        if not force and over > sum(self._adapters[version].num_bytes for version in self._evictable()):
+        if not force and over > self._idle_bytes:
             return None
         victims = self._evict(over)
-        self._adapters[adapter.version] = adapter
+        self._adapters[version] = adapter
         self.num_bytes += adapter.num_bytes
+        self._touch(version)
         return victims
 
     def trim(self) -> list[str]:
@@ -92,6 +108,7 @@ class HostStore:
     def drop(self, version: str) -> None:
         """Free the memory of a version that nobody references."""
         assert not self.refs(version), f"{version} is in use"
+        self._take_from_idle(version)
         self.num_bytes -= self._adapters.pop(version).num_bytes
 
     def check_integrity(self) -> None:
@@ -99,20 +116,31 @@ class HostStore:
         assert self.num_bytes == sum(adapter.num_bytes for adapter in self._adapters.values())
         assert self._refs.keys() <= self._adapters.keys()
         assert all(count > 0 for count in self._refs.values())
-        assert self.num_bytes <= self.max_bytes or not self._evictable()
+        assert list(self._idle) == [version for version in self._adapters if self._is_idle(version)]
+        assert self._idle_bytes == sum(self._adapters[version].num_bytes for version in self._idle)
+        assert self.num_bytes <= self.max_bytes or not self._idle
 
-    def _evictable(self) -> list[str]:
-        return [version for version in self._adapters if not self.refs(version) and version not in self.pinned]
+    def _is_idle(self, version: str) -> bool:
+        return version not in self._refs and version not in self._pinned
 
     def _evict(self, num_bytes: int) -> list[str]:
         victims: list[str] = []
-        for version in self._evictable() if num_bytes > 0 else ():
-            if num_bytes <= 0:
-                break
-            num_bytes -= self._adapters[version].num_bytes
-            self.drop(version)
-            victims.append(version)
+        while num_bytes > 0 and self._idle:
+            victim = next(iter(self._idle))
+            num_bytes -= self._adapters[victim].num_bytes
+            self.drop(victim)
+            victims.append(victim)
         return victims
 
     def _touch(self, version: str) -> None:
+        """It is the most recently used now, and idle or not by the references that it has now."""
+        self._take_from_idle(version)
         self._adapters[version] = self._adapters.pop(version)
+        if self._is_idle(version):
+            self._idle[version] = None
+            self._idle_bytes += self._adapters[version].num_bytes
+
+    def _take_from_idle(self, version: str) -> None:
+        if version in self._idle:
+            del self._idle[version]
+            self._idle_bytes -= self._adapters[version].num_bytes

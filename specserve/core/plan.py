@@ -31,7 +31,8 @@ class BlockAppend(msgspec.Struct, frozen=True):
 
 
 class AdapterLoad(msgspec.Struct, frozen=True):
-    """Copy adapter version `version` from the host tier to device slot `slot` before this step's forward."""
+    """Begin to copy adapter version `version` from the host tier to device slot `slot`. A plan may name the slot once
+    the executor has told that the copy ended; equal loads are told apart by their order."""
 
     slot: int
     version: str
@@ -58,7 +59,7 @@ class PlanRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepPlan(msgspec.Struct, kw_only=True):
-    """One step's work. Applied in this order: adapter loads, new rows, block appends, then the forward."""
+    """One step's work. Applied in this order: adapter loads begin; new rows, block appends, then the forward."""
 
     step_id: int
     rows: list[PlanRow]

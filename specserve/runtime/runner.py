@@ -6,14 +6,13 @@ the ticket waits for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from specserve.core.plan import PlanRow, StepPlan
+from specserve.core.plan import AdapterLoad, PlanRow, StepPlan
 from specserve.device import upload
+from specserve.runtime.adapter_loads import AdapterLoads, HostAdapters
 from specserve.runtime.drafting import Drafter
 from specserve.runtime.graphs import DecodeGraphs
 from specserve.runtime.layout import uniform_layout
@@ -27,12 +26,8 @@ from specserve.sampling.processors import process
 from specserve.sampling.sample import sample
 from specserve.speculation.proposer import Drafts
 from specserve.speculation.registry import ProposerRegistry
-from specserve_adapters.host_adapter import HostAdapter
 from specserve_kernels.commit import commit_tokens
 from specserve_kernels.sampling.rejection import verify
-
-HostAdapters = Callable[[str], tuple[HostAdapter, HostAdapter | None]]
-"""Adapter version → target LoRA and draft companion in the host tier."""
 
 
 class ModelRunner:
@@ -50,16 +45,16 @@ class ModelRunner:
         self.target = target
         self.draft = draft
         self.rows = rows
-        self.host_adapters = host_adapters
         self.device = device
         self.graphs: DecodeGraphs | None = None
         self.drafter = Drafter(proposers, rows, draft)
+        self._loads = AdapterLoads([state.adapters for state in self.states], host_adapters, device)
         self._packer = StepPacker(rows, proposers.keeps_kv(), device)
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> Ticket:
         """Queue a step on the device."""
-        self._load_adapters(plan)
+        self._loads.begin(plan.adapter_loads)
         inputs = self._packer.prepare(plan)
         if inputs is None:
             return EmptyStep(plan)
@@ -79,6 +74,10 @@ class ModelRunner:
         committed = commit_tokens(self.rows.history, self.rows.num_tokens, inputs.sampling_rows, tokens, counts)
         drafted = None if drafts is None else drafts.counts
         return SampledStep(plan, committed, drafted, self._logprobs(sampling_rows, logits, tokens))
+
+    def loaded(self) -> list[AdapterLoad]:
+        """Adapter loads that ended since the last call. Never waits."""
+        return self._loads.ended()
 
     @property
     def states(self) -> list[ModelState]:
@@ -100,13 +99,6 @@ class ModelRunner:
         graphs = DecodeGraphs(self.target, self.rows, max_context, self.device)
         graphs.capture(max_rows, (False, True) if with_adapters else (False,), progress=progress)
         self.graphs = graphs
-
-    def _load_adapters(self, plan: StepPlan) -> None:
-        for load in plan.adapter_loads:
-            target, companion = self.host_adapters(load.version)
-            self.target.adapters.load_slot(load.slot, target)
-            if self.draft is not None:
-                self.draft.adapters.load_slot(load.slot, companion)
 
     def _note_drafts(self, row_index: Tensor, drafts: Drafts) -> None:
         """Put drafts behind the rows' committed tokens, where the target's forward reads its input."""

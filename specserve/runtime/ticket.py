@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from specserve.core.messages import TokenLogprobs
-from specserve.core.plan import PlanRow, RowResult, StepPlan, StepResult
+from specserve.core.plan import AdapterLoad, PlanRow, RowResult, StepPlan, StepResult
 from specserve.device import Download
 from specserve.runtime.logprobs import token_logprobs
 from specserve.sampling.logprobs import Logprobs
@@ -24,9 +24,14 @@ class Ticket(Protocol):
 
 
 class Executor(Protocol):
-    """Runs submitted plans strictly in order; a plan may be submitted before the results of those before it came."""
+    """Runs submitted plans strictly in order; a plan may be submitted before the results of those before it came.
+
+    A plan's adapter loads begin with it and take their own time; `loaded` tells which ended since the last call, and
+    never waits. No plan may name a slot whose load has not been told of.
+    """
 
     def submit(self, plan: StepPlan) -> Ticket: ...
+    def loaded(self) -> list[AdapterLoad]: ...
 
 
 @dataclass(frozen=True, slots=True)

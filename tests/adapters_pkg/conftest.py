@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specserve.core.messages import LoraRef
+from specserve.core.plan import AdapterLoad
+from specserve_adapters.entry import AdapterUse
+from specserve_adapters.manager import AdapterManager, LoadTicket
 from specserve_adapters.spec import LinearSpec
 
 MakeAdapter = Callable[..., PeftModel]
@@ -92,3 +97,81 @@ def write_adapter() -> WriteAdapter:
         (folder / "adapter_config.json").write_text(json.dumps(config))
 
     return write
+
+
+Uses = tuple[AdapterUse, ...]
+
+
+class DrivenManager(AdapterManager):
+    """A manager, and what an engine does with it. Loads end when `device` is told so."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.device: deque[AdapterLoad] = deque()  # loads under way, in order
+
+    def drain(self) -> list[LoadTicket]:
+        """All reads done, except one that waits for room."""
+        tickets = self.poll()
+        while self.wait(30):
+            tickets += self.poll()
+            self.check_integrity()
+        return tickets
+
+    def ready(self, *names: str) -> Uses:
+        """A request with its adapters in host memory."""
+        uses = self.acquire(tuple(LoraRef(name) for name in names))
+        self.prepare(uses)
+        self.drain()
+        assert self.prepare(uses)
+        return uses
+
+    def begin(self, uses: Uses) -> list[tuple[int, str]] | None:
+        """Take the request's slots: which loads began."""
+        taken = self.take_slots(uses)
+        self.check_integrity()
+        if taken is None:
+            return None
+        self.device += taken[1]
+        return [(load.slot, load.version) for load in taken[1]]
+
+    def end_loads(self, count: int | None = None) -> None:
+        """The oldest `count` loads end (None: all)."""
+        for _ in range(len(self.device) if count is None else count):
+            self.loaded(self.device.popleft())
+        self.check_integrity()
+
+    def place(self, uses: Uses) -> list[tuple[int, str]] | None:
+        """Take the request's slots; loads end at once."""
+        loads = self.begin(uses)
+        self.end_loads()
+        assert loads is None or self.slots_live(uses)
+        return loads
+
+    def finish(self, uses: Uses, *, placed: bool = True) -> None:
+        if placed:
+            self.release_slots(uses)
+        self.release(uses)
+        self.check_integrity()
+
+    def load_now(self, name: str, path: Path, **settings: Any) -> LoadTicket:
+        ticket = self.load(name, path, **settings)
+        assert ticket in self.drain()
+        assert ticket.done
+        return ticket
+
+
+@pytest.fixture
+def make(specs: list[LinearSpec]) -> Iterator[Callable[..., DrivenManager]]:
+    """make(**settings): a manager, by default with 2 slots and more host memory than a test needs."""
+    made: list[DrivenManager] = []
+
+    def build(**settings: Any) -> DrivenManager:
+        defaults = {"num_slots": 2, "max_rank": 8, "max_host_bytes": 1 << 20, "draft_specs": None}
+        types = {"dtype": torch.float32, "draft_dtype": torch.float32}
+        made.append(DrivenManager(specs, **{**defaults, **types, **settings}))
+        return made[-1]
+
+    yield build
+    for manager in made:
+        manager.check_integrity()
+        manager.close()

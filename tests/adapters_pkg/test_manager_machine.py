@@ -1,14 +1,16 @@
 """AdapterManager under random requests, loads, reloads, pins, broken and changing folders.
 
-A simulated device holds what the AdapterLoads put there. Whatever happens: a request on a row finds its versions in
-its slots, a request never changes its versions once it has begun, somebody can always go on, and nothing is left at the
-end. Reads end on another thread; results are taken in by `drain` alone, so that every run of an example is the same.
+A simulated device holds what the AdapterLoads put there, each when it ends. Whatever happens: a request whose slots are
+said to be live finds its versions in them, a request never changes its versions once it has begun, somebody can always
+go on, and nothing is left at the end. Reads end on other threads; their results are taken in by `drain` alone, so that
+every run of an example is the same.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from specserve.core.errors import AdapterBusyError, AdapterError, NotFoundError, SpecserveError
-from specserve.core.messages import LoraRef
+from specserve.core.messages import AdapterInfo, LoraRef
+from specserve.core.plan import AdapterLoad
 from specserve_adapters.adapter_files import hash_adapter
 from specserve_adapters.entry import AdapterUse
 from specserve_adapters.manager import AdapterManager, LoadTicket
@@ -55,6 +58,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.tickets: list[LoadTicket] = []
         self.device: dict[int, str] = {}
+        self.loads: deque[AdapterLoad] = deque()  # under way
+        self.told: dict[str, AdapterInfo] = {}  # what `changed` has told so far
         self.versions: dict[str, int] = {}  # of all contents ever written → content
         for content, name in enumerate("abcde"):
             self.rewrite(name, content % CONTENTS)
@@ -142,9 +147,16 @@ class ManagerMachine(RuleBasedStateMachine):
             target, draft = self.manager.host(load.version)
             assert draft is None
             assert target.rank == self.versions[load.version] + 1
-            self.device[load.slot] = load.version
-        assert [(self.device[slot], weight) for slot, weight in pairs] == key
+            self.loads.append(load)
+        assert [weight for _, weight in pairs] == [weight for _, weight in key]
         request.key, request.slots = key, tuple(slot for slot, _ in pairs)
+
+    @precondition(lambda self: self.loads)
+    @rule()
+    def end_a_load(self) -> None:
+        load = self.loads.popleft()
+        self.device[load.slot] = load.version
+        self.manager.loaded(load)
 
     @precondition(lambda self: any(request.slots is not None for request in self.requests))
     @rule(choice=CHOICE)
@@ -159,10 +171,8 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule()
     def drain(self) -> None:
-        left = -1
-        while self.manager.num_reading and self.manager.num_reading != left:
-            left = self.manager.num_reading
-            self.manager.wait(30)
+        self.take_tickets()
+        while self.manager.wait(30):
             self.take_tickets()
 
     # --- helpers and laws ---
@@ -190,11 +200,20 @@ class ManagerMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         self.manager.check_integrity()
         for request in self.requests:
-            if request.slots is not None:
-                assert request.key is not None
+            if request.slots is None:
+                continue
+            assert request.key is not None
+            under_way = {load.slot for load in self.loads}
+            assert self.manager.slots_live(request.uses) == under_way.isdisjoint(request.slots)
+            if self.manager.slots_live(request.uses):
                 assert [self.device[slot] for slot in request.slots] == [version for version, _ in request.key]
         info = self.manager.list()
         assert {i.slot: i.version for i in info if i.slot is not None}.items() <= self.device.items()
+        changed, gone = self.manager.changed()
+        for name in gone:
+            del self.told[name]
+        self.told.update((i.name, i) for i in changed)
+        assert self.told == {i.name: i for i in info}
 
     def teardown(self) -> None:
         try:
@@ -209,11 +228,14 @@ class ManagerMachine(RuleBasedStateMachine):
                 if request.slots is None:
                     self.try_place(request)
             self.drain()
+            while self.loads:
+                self.end_a_load()
             self.holds()
             for request in [request for request in self.requests if request.slots is not None]:
                 self.leave(request)
         assert self.requests == [], "nobody can go on"
         self.drain()
+        assert self.manager.num_loading == 0
         assert self.tickets == []
         assert self.manager.num_reading == 0
         for name in self.names():
@@ -222,8 +244,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.drain()
         self.manager.check_integrity()
         assert self.manager.list() == []
-        assert self.manager._tiers.store.num_bytes == 0
-        assert list(self.manager._tiers.slots) == []
+        assert self.manager.stats().host_bytes == 0
+        assert self.manager.stats().slots_used == 0
 
 
 def test_manager_machine(specs: list[LinearSpec], write_adapter: Any) -> None:

@@ -20,6 +20,8 @@ class SlotMachine(RuleBasedStateMachine):
         self.table = SlotTable(3)
         self.held: dict[str, int] = {}  # version → slot, least recently used first
         self.uses: Counter[str] = Counter()
+        self.loads: list[tuple[int, str]] = []  # under way, in order
+        self.contents: dict[int, str] = {}  # what each slot really holds
 
     def movable(self) -> list[str]:
         return [v for v in self.held if not self.uses[v] and v not in self.table.pinned]
@@ -32,13 +34,14 @@ class SlotMachine(RuleBasedStateMachine):
         assert (taken is not None) == can
         if taken is None:
             return
-        slot, needs_load = taken
+        slot, needs_load, evicted = taken
         assert needs_load == (version not in self.held)
         if needs_load:
-            if len(self.held) == 3:
-                victim = self.movable()[0]  # the one used longest ago
-                assert self.held.pop(victim) == slot
+            assert evicted == (self.movable()[0] if len(self.held) == 3 else None)  # the one used longest ago
+            if evicted is not None:
+                assert self.held.pop(evicted) == slot
             assert slot not in self.held.values()
+            self.loads.append((slot, version))
         else:
             assert self.held.pop(version) == slot
         self.held[version] = slot
@@ -52,10 +55,17 @@ class SlotMachine(RuleBasedStateMachine):
         self.uses[version] -= 1
         self.held[version] = self.held.pop(version)
 
+    @precondition(lambda self: self.loads)
+    @rule()
+    def end_a_load(self) -> None:
+        slot, version = self.loads.pop(0)
+        self.contents[slot] = version
+        self.table.loaded(slot)
+
     @rule(version=VERSIONS)
     def forget(self, version: str) -> None:
         if not self.uses[version]:
-            self.table.forget(version)
+            assert self.table.forget(version) == (version in self.held)
             self.held.pop(version, None)
 
     @rule(versions=st.frozensets(VERSIONS, max_size=3))
@@ -72,6 +82,11 @@ class SlotMachine(RuleBasedStateMachine):
         self.table.check_integrity()
         assert {v: self.table.slot_of(v) for v in self.table} == self.held
         assert all(self.table.uses(v) == self.uses[v] for v in "abcdef")
+        assert self.table.num_loading == len(self.loads)
+        for version, slot in self.held.items():
+            under_way = any(loading == slot for loading, _ in self.loads)
+            assert self.table.is_live(version) == (not under_way)
+            assert under_way or self.contents[slot] == version
 
 
 TestSlotMachine = SlotMachine.TestCase

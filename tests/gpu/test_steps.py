@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from specserve.config import EngineConfig
 from specserve.core.messages import AddRequest, LoraRef, RequestOutput
-from specserve.core.plan import StepPlan
+from specserve.core.plan import AdapterLoad, StepPlan
 from specserve.core.sampling_params import SamplingParams, SpeculationParams
 from specserve.engine.core.core import EngineCore
 from specserve.llm import LLM
@@ -49,6 +49,10 @@ class WatchedExecutor:
         self.steps += 1
         with no_synchronization():
             return self._runner.submit(plan)
+
+    def loaded(self) -> list[AdapterLoad]:
+        with no_synchronization():
+            return self._runner.loaded()
 
 
 def run(core: EngineCore, params: SamplingParams, loras: list[Any]) -> dict[str, list[int]]:

@@ -70,6 +70,8 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """Make one plan, submit it, and commit the oldest steps until fewer than `depth` are on their way."""
+        for load in self.executor.loaded():
+            self.adapters.loaded(load)
         plan = self.scheduler.schedule()
         if not plan.empty:
             self._tickets.append(self.executor.submit(plan))
@@ -96,7 +98,7 @@ class EngineCore:
         return done
 
     def has_work(self) -> bool:
-        return bool(self.scheduler.has_work or self._done or self._calls.waiting)
+        return bool(self.scheduler.has_work or self._done or self._calls.waiting or self.adapters.num_loading)
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +183,9 @@ class EngineCore:
     # --- the rest ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
+        """Of adapters what changed since the last call."""
         counted = self.scheduler.stats
+        adapters, removed = self.adapters.changed()
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -197,7 +201,9 @@ class EngineCore:
             num_draft_tokens=counted.drafted,
             num_accepted_tokens=counted.accepted,
             accepted_per_pos=list(counted.accepted_per_pos),
-            adapters=self.adapters.list(),
+            adapters=adapters,
+            removed_adapters=removed,
+            adapter_tiers=self.adapters.stats(),
         )
 
     def check_integrity(self) -> None:

@@ -1,0 +1,63 @@
+"""The threads that read, and in which order their results come in."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from specserve.core.errors import AdapterError
+from specserve_adapters.reading import ReadQueue
+from specserve_adapters.store import StoredAdapter
+
+
+def test_an_unforeseen_failure_fails_its_own_read(caplog: pytest.LogCaptureFixture) -> None:
+    def read(job: str) -> StoredAdapter:
+        raise ZeroDivisionError(job)
+
+    queue = ReadQueue(read)
+    for job in ("first", "second", "third"):
+        queue.submit(job)
+    ended: dict[str, str] = {}
+    while len(queue):
+        queue.wait(30)
+        for job, result in queue.finished():
+            assert isinstance(result, AdapterError)
+            ended[job] = result.message
+            queue.pop(job)
+    assert list(ended) == ["first", "second", "third"]
+    assert all(f"ZeroDivisionError: {job}" in message for job, message in ended.items())
+    assert queue.finished() == []
+    queue.close()
+    assert len(caplog.records) == 3
+
+
+def test_one_slow_read_holds_up_nobody_else() -> None:
+    slow, fast = threading.Event(), threading.Event()
+    begun: list[str] = []
+
+    def read(job: str) -> StoredAdapter:
+        begun.append(job)
+        (slow if job == "slow" else fast).wait(30)
+        raise AdapterError(job)
+
+    unwanted = {"gone"}
+    queue = ReadQueue(read, lambda job: job not in unwanted)
+    for job in ("slow", "one", "gone", "two"):
+        queue.submit(job)
+    assert len(queue) == 4
+    fast.set()
+    ended: list[str] = []
+    while len(ended) < 2:
+        for job, _ in queue.finished():
+            ended.append(job)
+            queue.pop(job)
+    assert ended == ["one", "two"]
+    assert len(queue) == 1
+    slow.set()
+    assert queue.wait(30)
+    assert [job for job, _ in queue.finished()] == ["slow"]
+    assert not queue.wait(30)
+    assert begun == ["slow", "one", "two"]
+    assert queue.reads == 3
+    queue.close()
