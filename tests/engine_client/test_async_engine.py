@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import msgspec
 import pytest
 
-from serverkit import SCRIPTED_CORE
 from serverkit.fake_core import CRASH, scripted_token
-from specserve.config import EngineConfig
 from specserve.core.errors import (
-    AdapterError,
     ContextLengthError,
     EngineDeadError,
     InvalidRequestError,
@@ -36,7 +33,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 PROMPT = [10, 20, 30]
 FOREVER = SamplingParams(temperature=0.0, max_tokens=400)
 
-StartEngine = Callable[..., Awaitable[AsyncEngine]]
+StartEngine = Callable[..., Awaitable[AsyncEngine]]  # the fixture `start`
 
 
 class Ledger:
@@ -54,23 +51,6 @@ class Ledger:
 
     def finished(self, request: FinishedRequest) -> None:
         self.ended.append(request)
-
-
-@pytest.fixture
-async def start(tiny: Path, kit_on_path: None) -> AsyncIterator[StartEngine]:
-    """`start(**config fields)`: an engine, closed when the test ends."""
-    engines = []
-
-    async def start(core: str = SCRIPTED_CORE, ledger: Ledger | None = None, **fields: object) -> AsyncEngine:
-        config = EngineConfig(**{"model": str(tiny / "model"), **fields})
-        engine = AsyncEngine(config, core=core, recorder=ledger)
-        engines.append(engine)
-        await engine.start()
-        return engine
-
-    yield start
-    for engine in engines:
-        await engine.close()
 
 
 async def collect(generation: Generation) -> dict[int, list[int]]:
@@ -209,34 +189,6 @@ async def test_an_integer_of_any_size_does_not_reach_the_wire(start: StartEngine
     assert (await collect(await engine.submit([PROMPT], params)))[0] == PROMPT * 2
 
 
-async def test_adapter_that_fails_fails_its_requests_alone(start: StartEngine, tiny: Path) -> None:
-    one = str(tiny / "adapters" / "one")
-    engine = await start(loras=(("failing", one), ("one", one)))
-    good = await engine.submit([PROMPT], GREEDY, lora=[LoraRef("one")])
-    bad = await engine.submit([PROMPT], GREEDY, lora=[LoraRef("failing")])
-    with pytest.raises(AdapterError, match="NaN in lora_A"):
-        await collect(bad)
-    assert (await collect(good))[0] == PROMPT * 2
-
-
-async def test_adapter_calls(start: StartEngine, tiny: Path) -> None:
-    engine = await start()
-    one = str(tiny / "adapters" / "one")
-    (info,) = await engine.call(LoadAdapter(call_id=0, name="x", path=one))
-    assert (info.name, info.path) == ("x", one)
-    assert engine.adapters.names == ["x"]
-    await engine.call(PinAdapter(call_id=0, name="x"))
-    (info,) = await engine.call(ListAdapters(call_id=0))
-    assert info.pinned
-    with pytest.raises(AdapterError) as raised:
-        await engine.call(LoadAdapter(call_id=0, name="y", path=one + "/missing"))
-    assert raised.value.param == "path"
-    await engine.call(UnloadAdapter(call_id=0, name="x"))
-    with pytest.raises(NotFoundError):
-        await engine.call(UnloadAdapter(call_id=0, name="x"))
-    assert engine.adapters.names == []
-
-
 async def test_killed_engine_is_replaced_and_streams_resume(start: StartEngine, tiny: Path, monkeypatch) -> None:
     monkeypatch.setenv("SCRIPTED_STEP_SECONDS", "0.01")
     one = str(tiny / "adapters" / "one")
@@ -285,20 +237,6 @@ async def test_unexpected_error_ends_the_engine_not_the_server(start: StartEngin
     async with asyncio.timeout(30):
         await engine.wait_alive()
     assert (await collect(await engine.submit([PROMPT], GREEDY)))[0] == PROMPT * 2
-
-
-async def test_adapter_that_is_gone_does_not_keep_the_engine_down(
-    start: StartEngine, tiny: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "short-lived"
-    folder.mkdir()
-    engine = await start(loras=(("short", str(folder)), ("one", str(tiny / "adapters" / "one"))))
-    folder.rmdir()
-    with pytest.raises(EngineDeadError):
-        await collect(await engine.submit([CRASH], GREEDY))
-    async with asyncio.timeout(30):
-        await engine.wait_alive()
-    assert engine.adapters.names == ["one"]
 
 
 async def test_resumed_text_follows_what_was_sent(start: StartEngine) -> None:
