@@ -32,7 +32,7 @@ def case(setting: Setting, tokens: int) -> Case:
 
     def factors(fan_in: int, widths: tuple[int, ...]) -> SlotFactors:
         a = setting.randn(ADAPTERS * len(widths) * RANK, fan_in, scale=fan_in**-0.5)
-        return SlotFactors(a, setting.randn(ADAPTERS, RANK * sum(widths), scale=0.1), widths)
+        return SlotFactors(a, setting.randn(ADAPTERS * RANK, sum(widths), scale=0.1), widths)
 
     layers = copies(lambda: [factors(*linear) for linear in linears], size)
     xs = [setting.randn(tokens, fan_in) for fan_in, _ in linears]
@@ -47,7 +47,7 @@ def case(setting: Setting, tokens: int) -> Case:
             if batch is None:  # a CPU has the reference alone
                 grouped_lora_ref(x, y, layers[layer][i], *mix, ranks)
             else:
-                batch.apply(layer * len(linears) + i, x, y)
+                batch.update(layer * len(linears) + i, x).add_to(y)
 
     def error() -> float:
         mine, want = [y.clone() for y in ys], [y.float() for y in ys]

@@ -21,6 +21,12 @@ def silu_mul_ref(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+@triton.jit
+def gated(gate, up):
+    """silu(gate) * up of float32."""
+    return gate * tl.sigmoid(gate) * up
+
+
 @relaunched
 @triton.jit
 def _silu_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
@@ -33,8 +39,7 @@ def _silu_mul_kernel(gate_up_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constex
     wait(PDL)
     gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + SIZE, mask=inside, other=0.0).to(tl.float32)
-    result = gate * tl.sigmoid(gate) * up
-    tl.store(out_ptr + token * SIZE + column, result.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + token * SIZE + column, gated(gate, up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def _tile(results: int) -> tuple[int, int]:

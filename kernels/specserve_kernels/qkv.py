@@ -44,8 +44,59 @@ def rotate_and_cache_ref(
 
 
 @triton.jit
+def load_head_weights(weight_ptr, eps_ptr, at, mask, HALF: tl.constexpr):
+    """Norm weights of the halves of the heads at `at`, and eps; zeros where heads are not normed (weight_ptr None)."""
+    low, high, eps = 0.0, 0.0, 0.0
+    if weight_ptr is not None:
+        eps = tl.load(eps_ptr)
+        low = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(weight_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
+    return low, high, eps
+
+
+@triton.jit
+def load_angles(cos_ptr, sin_ptr, token, column, mask, DIM: tl.constexpr):
+    """cos a and sin a of the tokens: the first half of cos, the second of the signed sin."""
+    cos = tl.load(cos_ptr + token * DIM + column, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + token * DIM + DIM // 2 + column, mask=mask, other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
 def _finite(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def rotated(low, high, is_rotated, weight_low, weight_high, eps, cos, sin,
+            DIM: tl.constexpr, NORM: tl.constexpr, FINITE: tl.constexpr):  # fmt: skip
+    """The halves of heads, float32, after all steps above but the last: values are only made finite."""
+    if FINITE:
+        low, high = _finite(low), _finite(high)
+    x, y = low, high
+    if NORM:
+        inverse = tl.rsqrt(tl.sum(x * x + y * y, axis=1, keep_dims=True) / DIM + eps)
+        x, y = x * inverse * weight_low, y * inverse * weight_high
+    return tl.where(is_rotated, x * cos - y * sin, low), tl.where(is_rotated, y * cos + x * sin, high)
+
+
+@triton.jit
+def store_heads(q_ptr, k_ptr, v_ptr, k_stride, v_stride, low, high, token, head, column, slot, inside,
+                HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
+    """Each head's halves to where its kind goes: queries by token, keys and values by slot."""
+    ROTATED: tl.constexpr = HEADS + KV_HEADS
+    at, half = head * DIM + column, DIM // 2
+    low, high = low.to(q_ptr.dtype.element_ty), high.to(q_ptr.dtype.element_ty)
+    q_at = q_ptr + token * (HEADS * DIM) + at
+    k_at = k_ptr + slot * k_stride + at - HEADS * DIM
+    v_at = v_ptr + slot * v_stride + at - ROTATED * DIM
+    is_query, is_key, is_value = head < HEADS, (head >= HEADS) & (head < ROTATED), head >= ROTATED
+    tl.store(q_at, low, mask=inside & is_query)
+    tl.store(q_at + half, high, mask=inside & is_query)
+    tl.store(k_at, low, mask=inside & is_key)
+    tl.store(k_at + half, high, mask=inside & is_key)
+    tl.store(v_at, low, mask=inside & is_value)
+    tl.store(v_at + half, high, mask=inside & is_value)
 
 
 @relaunched
@@ -69,37 +120,20 @@ def _rotate_and_cache_kernel(
     at = head * DIM + column
     inside = (head < TOTAL) & (column < HALF)
     is_rotated = head < ROTATED
-    if weight_ptr is not None:
-        eps = tl.load(eps_ptr)
-        weight_low = tl.load(weight_ptr + at, mask=inside & is_rotated, other=0.0).to(tl.float32)
-        weight_high = tl.load(weight_ptr + at + HALF, mask=inside & is_rotated, other=0.0).to(tl.float32)
+    weight_low, weight_high, eps = load_head_weights(weight_ptr, eps_ptr, at, inside & is_rotated, HALF)
     wait(PDL)
     slot = tl.load(slot_ptr + token)
     low = tl.load(qkv_ptr + token * (TOTAL * DIM) + at, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(qkv_ptr + token * (TOTAL * DIM) + at + HALF, mask=inside, other=0.0).to(tl.float32)
-    # The first half of cos and the second of sin are cos a and sin a. Loaded once a head, so that each thread gets its
-    # numbers where it needs them: one load for all heads would be passed on through shared memory.
+    # Loaded once a head, so that each thread gets its numbers where it needs them: one load for all heads would be
+    # passed on through shared memory.
     angle = tl.broadcast_to(column, TILE, BLOCK)
-    cos = tl.load(cos_ptr + token * DIM + angle, mask=angle < HALF, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + token * DIM + HALF + angle, mask=angle < HALF, other=0.0).to(tl.float32)
-    if FINITE:
-        low, high = _finite(low), _finite(high)
-    x, y = low, high
-    if weight_ptr is not None:
-        inverse = tl.rsqrt(tl.sum(x * x + y * y, axis=1, keep_dims=True) / DIM + eps)
-        x, y = x * inverse * weight_low, y * inverse * weight_high
-    low = tl.where(is_rotated, x * cos - y * sin, low).to(q_ptr.dtype.element_ty)
-    high = tl.where(is_rotated, y * cos + x * sin, high).to(q_ptr.dtype.element_ty)
-    q_at = q_ptr + token * (HEADS * DIM) + at
-    k_at = k_ptr + slot * k_stride + at - HEADS * DIM
-    v_at = v_ptr + slot * v_stride + at - ROTATED * DIM
-    is_query, is_key, is_value = head < HEADS, (head >= HEADS) & is_rotated, head >= ROTATED
-    tl.store(q_at, low, mask=inside & is_query)
-    tl.store(q_at + HALF, high, mask=inside & is_query)
-    tl.store(k_at, low, mask=inside & is_key)
-    tl.store(k_at + HALF, high, mask=inside & is_key)
-    tl.store(v_at, low, mask=inside & is_value)
-    tl.store(v_at + HALF, high, mask=inside & is_value)
+    cos, sin = load_angles(cos_ptr, sin_ptr, token, angle, angle < HALF, DIM)
+    low, high = rotated(
+        low, high, is_rotated, weight_low, weight_high, eps, cos, sin, DIM, weight_ptr is not None, FINITE
+    )
+    store_heads(q_ptr, k_ptr, v_ptr, k_stride, v_stride, low, high, token, head, column, slot, inside,
+                HEADS, KV_HEADS, DIM)  # fmt: skip
 
 
 def _tile(tokens: int, heads: int, half: int) -> tuple[int, int, int]:

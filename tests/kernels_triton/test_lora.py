@@ -1,19 +1,24 @@
-"""LoRA grouped on the device against slot by slot in float64."""
+"""LoRA grouped on the device, and what reads a linear's output with it, against slot by slot in float64."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.lora import grouped as lora_grouped
-from specserve_kernels.lora.grouped import SlotFactors, grouped_lora, grouped_lora_ref
-from specserve_kernels.lora.tiles import NONE, lora_tiles
+from specserve_kernels.lora import shrink as lora_shrink
+from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora, grouped_lora_ref
+from specserve_kernels.lora.tiles import lora_tiles
+from specserve_kernels.norm import sum_dtype
+from specserve_kernels.qkv import rotate_and_cache_ref
 from specserve_kernels.tolerances import OP
 
-SLOTS, MAX_RANK, PER_ROW, ROWS = 6, 20, 3, 8
+SLOTS, MAX_RANK, STRIDE, PER_ROW, ROWS = 6, 20, 32, 3, 8
 RANKS = [3, 0, 20, 1, 17, 16]  # one slot is empty, one is full
 
 
@@ -25,6 +30,9 @@ class Mix(NamedTuple):
     row_weights: Tensor
     slot_ranks: Tensor
 
+    def lora(self, linears: list[SlotFactors], max_rank: int = MAX_RANK) -> GroupedLora:
+        return grouped_lora(linears, max_rank, self.slot_ranks, *self[:3])
+
 
 def mixed(tokens: int, device: torch.device, seed: int = 0) -> Mix:
     generator = torch.Generator().manual_seed(seed)
@@ -35,11 +43,19 @@ def mixed(tokens: int, device: torch.device, seed: int = 0) -> Mix:
     return Mix(*(tensor.to(device) for tensor in (token_rows, slots, weights, torch.tensor(RANKS))))
 
 
-def factors(in_features: int, widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SlotFactors:
+def factors(
+    in_features: int, widths: tuple[int, ...], dtype: torch.dtype, device: torch.device, ranks: list[int] = RANKS,
+    stride: int = STRIDE,
+) -> SlotFactors:  # fmt: skip
+    """Zeros from a rank to the next multiple of 16, and behind it what would show if it were read."""
     generator = torch.Generator().manual_seed(in_features)
-    a = torch.randn(SLOTS * len(widths) * MAX_RANK, in_features, generator=generator) / in_features**0.5
-    b = torch.randn(SLOTS, MAX_RANK * sum(widths), generator=generator) * 0.1
-    return SlotFactors(a.to(device, dtype), b.to(device, dtype), widths)
+    a = torch.randn(len(ranks), len(widths), stride, in_features, generator=generator) / in_features**0.5
+    b = torch.randn(len(ranks), stride, sum(widths), generator=generator) * 0.1
+    for slot, rank in enumerate(ranks):
+        for rows, part in ((a[slot].transpose(0, 1), slice(None)), (b[slot], slice(None))):
+            rows[rank:][part] = 0.0
+            rows[-(-rank // 16) * 16 :] = float("nan")
+    return SlotFactors(a.flatten(0, 2).to(device, dtype), b.flatten(0, 1).to(device, dtype), widths)
 
 
 def randn(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
@@ -47,79 +63,168 @@ def randn(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) 
 
 
 def oracle(x: Tensor, y: Tensor, linear: SlotFactors, mix: Mix) -> Tensor:
+    """y with the adapters' product, in float64."""
     wide = SlotFactors(linear.a.double(), linear.b.double(), linear.widths)
-    return grouped_lora_ref(x.double(), y.double(), wide, *mix).to(y.dtype)
+    return grouped_lora_ref(x.double(), y.double(), wide, *mix)
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    rtol, atol = OP[want.dtype]
-    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+    rtol, atol = OP[got.dtype]
+    torch.testing.assert_close(got, want.to(got.dtype), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.parametrize("tokens", [1, 20, 70])
 def test_mixed_batches(tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Mixed ranks and slots, one to three parts, several splits; one batch for all linears."""
+    """Mixed ranks and slots, one to three parts, several splits; one batch for all linears, each tile size."""
     mix = mixed(tokens, device)
-    linears = [factors(40, (24, 8, 9), dtype, device), factors(300, (12,), dtype, device)]
-    batch = grouped_lora(linears, MAX_RANK, mix.slot_ranks, *mix[:3])
+    linears = [factors(40, (24, 8, 9), dtype, device), factors(1100, (12,), dtype, device)]
+    batch = mix.lora(linears)
     for index, linear in enumerate(linears):
         x = randn(tokens, linear.a.shape[1], dtype=dtype, device=device)
         y = randn(tokens, sum(linear.widths), dtype=dtype, device=device, seed=1)
-        want, got = oracle(x, y, linear, mix), y.clone()
-        batch.apply(index, x, got)
-        close(got, want)
+        got = y.clone()
+        batch.update(index, x).add_to(got)
+        close(got, oracle(x, y, linear, mix))
         idle = mix.token_rows <= 0  # no row, or the row without slots
         assert torch.equal(got[idle], y[idle])
 
 
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a prefill takes, with fewer tokens."""
+    monkeypatch.setattr(lora_shrink, "FEW_TOKENS", 0)
+    monkeypatch.setattr(lora_grouped, "FEW_TOKENS", 0)
+    cached = (lora_shrink.shrink_cut, lora_grouped._column_constants, lora_grouped._rotate_constants)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("many")
 @pytest.mark.parametrize("tokens", [5, 150])
-def test_large_tiles(tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a prefill takes, with fewer tokens; x and y are columns of wider tensors."""
-    monkeypatch.setattr(lora_grouped, "_FEW_TOKENS", 0)
+def test_prefill(tokens: int, device: torch.device) -> None:
+    """x and y are columns of wider tensors."""
     mix = mixed(tokens, device)
-    linear = factors(24, (8, 16), torch.float32, device)
+    linear = factors(24, (8, 700), torch.float32, device)
     x = randn(tokens, 40, dtype=torch.float32, device=device)[:, 8:32]
-    y = randn(tokens, 32, dtype=torch.float32, device=device)[:, 4:28]
+    y = randn(tokens, 720, dtype=torch.float32, device=device)[:, 4:712]
     want = oracle(x, y, linear, mix)
-    grouped_lora([linear], MAX_RANK, mix.slot_ranks, *mix[:3]).apply(0, x, y)
+    mix.lora([linear]).update(0, x).add_to(y)
     close(y, want)
 
 
-@pytest.mark.parametrize(("tokens", "tile"), [(1, 16), (100, 16), (1500, 64)])
-def test_tiles(tokens: int, tile: int, device: torch.device) -> None:
-    """Every token with an adapter stands in one tile, in order, beside tokens of its smallest slot."""
+@pytest.mark.parametrize("cut", ["few", "many"])
+@pytest.mark.parametrize(("tokens", "dtype"), [(3, torch.float32), (37, torch.bfloat16)])
+@pytest.mark.parametrize("merged", [True, False])
+def test_gated(
+    merged: bool, tokens: int, dtype: torch.dtype, cut: str, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    """Gate and up are modules of their own, or one."""
+    if cut == "many":
+        request.getfixturevalue("many")
+    mix, size = mixed(tokens, device), 70
+    linear = factors(24, (2 * size,) if merged else (size, size), dtype, device)
+    x, y = (randn(tokens, width, dtype=dtype, device=device) for width in (24, 2 * size))
+    want = silu_mul_ref(oracle(x, y, linear, mix))
+    close(mix.lora([linear]).update(0, x).silu_mul(y), want)
+
+
+@pytest.mark.parametrize("cut", ["few", "many"])
+@pytest.mark.parametrize(("tokens", "dtype"), [(3, torch.float32), (37, torch.bfloat16)])
+@pytest.mark.parametrize("norm", [True, False])
+def test_rotated(
+    norm: bool, tokens: int, dtype: torch.dtype, cut: str, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    """Queries, and keys and values in their slots; what is not finite does not reach the cache."""
+    if cut == "many":
+        request.getfixturevalue("many")
+    heads, kv_heads, dim, mix = 4, 2, 24, mixed(tokens, device)
+    widths = (heads * dim, kv_heads * dim, kv_heads * dim)
+    linear = factors(24, widths, dtype, device)
+    x, y = (randn(tokens, width, dtype=dtype, device=device) for width in (24, sum(widths)))
+    y[0, -1] = float("inf")
+    cos, sin = (randn(tokens, 1, dim // 2, dtype=dtype, device=device, seed=seed) for seed in (2, 3))
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    slots = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:tokens].to(device)
+    caches = torch.zeros(2, 50, kv_heads, dim, dtype=dtype, device=device)
+    weight = randn(heads + kv_heads, dim, dtype=dtype, device=device, seed=4).abs()
+    head_norm = (weight, torch.tensor(1e-6, dtype=sum_dtype(dtype), device=device)) if norm else None
+    wide_norm = (weight.double(), torch.tensor(1e-6, dtype=torch.float64, device=device)) if norm else None
+    wide_caches = caches.double()
+    want = rotate_and_cache_ref(
+        oracle(x, y, linear, mix), cos.double(), sin.double(), wide_caches[0], wide_caches[1], slots,
+        heads=heads, norm=wide_norm, finite=True,
+    )  # fmt: skip
+    update = mix.lora([linear]).update(0, x)
+    got = update.rotate_and_cache(y, cos, sin, caches[0], caches[1], slots, heads=heads, norm=head_norm, finite=True)
+    close(got, want)
+    close(caches, wide_caches)
+
+
+def test_many_adapters(device: torch.device) -> None:
+    """Ranks of 1 to 256, as many slots as tokens, beside prompts of one adapter each."""
+    ranks = [1 + 37 * slot % 64 for slot in range(150)]
+    ranks[7] = 256
+    token_rows = torch.cat([torch.arange(150), torch.full((40,), 7), torch.full((90,), 3)]).to(device)
+    row_slots = torch.arange(150, device=device)[:, None]
+    weights = torch.linspace(0.5, 1.5, 150, device=device)[:, None]
+    mix = Mix(token_rows, row_slots, weights, torch.tensor(ranks, device=device))
+    linear = factors(16, (16,), torch.float32, device, ranks, 256)
+    x, y = (randn(280, 16, dtype=torch.float32, device=device, seed=seed) for seed in (0, 1))
+    want = oracle(x, y, linear, mix)
+    mix.lora([linear], 256).update(0, x).add_to(y)
+    close(y, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 200])
+def test_tiles(tokens: int, device: torch.device) -> None:
+    """Each token's slots with the sums of their weights, and of each tile the blocks of its tokens' slots."""
     mix = mixed(tokens, device)
-    tiles = lora_tiles(mix.token_rows, mix.row_slots, mix.row_weights, mix.slot_ranks, tile)
-    tile_codes = tiles.tile_codes.tolist()
-    used = sum(code != NONE for code in tile_codes)
-    assert all(code == NONE for code in tile_codes[used:])
-    places = tiles.tokens.view(-1, tile).tolist()[:used]
-    slots_of = [[] if row < 0 else [s for s in mix.row_slots[row].tolist() if s >= 0 and RANKS[s]] for row in mix[0]]
-    placed = [
-        (code >> 16, token) for code, tile in zip(tile_codes, places, strict=False) for token in tile if token >= 0
-    ]
-    assert placed == sorted((min(slots), token) for token, slots in enumerate(slots_of) if slots)
-    codes, weights = tiles.codes.view(-1, tile, PER_ROW), tiles.weights.view(-1, tile, PER_ROW)
-    for index, tokens_there in enumerate(places):
-        for place, token in enumerate(tokens_there):
-            there = codes[index, place].tolist()
-            assert [code >> 16 for code in there if code != NONE] == (slots_of[token] if token >= 0 else [])
-            assert all(code & 0xFFFF == RANKS[code >> 16] for code in there if code != NONE)
-            if token >= 0:
-                assert torch.equal(weights[index, place], mix.row_weights[mix.token_rows[token]])
+    tiles = lora_tiles(mix.token_rows, mix.row_slots, mix.row_weights, mix.slot_ranks, MAX_RANK)
+    wanted: list[dict[int, float]] = []
+    for row in mix.token_rows.tolist():
+        wanted.append({})
+        for slot, weight in zip(mix.row_slots[row].tolist(), mix.row_weights[row].tolist(), strict=True):
+            if row >= 0 and slot >= 0 and RANKS[slot]:
+                wanted[-1][slot] = wanted[-1].get(slot, 0.0) + weight
+    wanted += [{}] * (tiles.token_slots.shape[0] - tokens)
+    for token, (slots, weights) in enumerate(
+        zip(tiles.token_slots.tolist(), tiles.token_weights.tolist(), strict=True)
+    ):
+        named = {slot: weight for slot, weight in zip(slots, weights, strict=True) if slot >= 0}
+        assert named == pytest.approx(wanted[token]) and len(named) == sum(slot >= 0 for slot in slots)
+    for tile, count in enumerate(tiles.counts.tolist()):
+        slots_there = sorted({slot for token in wanted[tile * tiles.tile : (tile + 1) * tiles.tile] for slot in token})
+        codes = [
+            (slot << 16) | (block << 8) | min(16, RANKS[slot] - block * 16)
+            for slot in slots_there
+            for block in range(-(-RANKS[slot] // 16))
+        ]
+        assert tiles.blocks[tile, :count].tolist() == codes
 
 
 def test_nothing_to_add(device: torch.device) -> None:
     mix = mixed(20, device)._replace(slot_ranks=torch.zeros(SLOTS, dtype=torch.int64, device=device))
     linear = factors(16, (8,), torch.float32, device)
     y = torch.full((20, 8), float("nan"), device=device)
-    grouped_lora([linear], MAX_RANK, mix.slot_ranks, *mix[:3]).apply(0, torch.ones(20, 16, device=device), y)
+    mix.lora([linear]).update(0, torch.ones(20, 16, device=device)).add_to(y)
     assert y.isnan().all()
+    gate_up = randn(20, 8, dtype=torch.float32, device=device)
+    halves = linear._replace(widths=(4, 4), a=linear.a.repeat(2, 1))
+    got = mix.lora([halves]).update(0, torch.ones(20, 16, device=device)).silu_mul(gate_up)
+    close(got, silu_mul_ref(gate_up))
 
 
-def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
+@pytest.mark.parametrize("cut", ["few", "many"])
+def test_a_row_does_not_depend_on_its_neighbours(
+    cut: str, device: torch.device, request: pytest.FixtureRequest
+) -> None:
     """Bitwise: the same again, and the same when every other row has other adapters; overflows stay where they are."""
+    if cut == "many":
+        request.getfixturevalue("many")
     dtype, tokens = torch.float16, 20
     linear = factors(40, (24, 8), dtype, device)
     mix = mixed(tokens, device)
@@ -128,17 +233,17 @@ def test_a_row_does_not_depend_on_its_neighbours(device: torch.device) -> None:
     mix.token_rows[:] = torch.arange(tokens) % 5 + 3
     x, y = (randn(tokens, width, dtype=dtype, device=device) for width in (40, 32))
 
-    def apply(mix: Mix, x: Tensor) -> Tensor:
+    def apply(x: Tensor) -> Tensor:
         out = y.clone()
-        grouped_lora([linear], MAX_RANK, mix.slot_ranks, *mix[:3]).apply(0, x, out)
+        mix.lora([linear]).update(0, x).add_to(out)
         return out
 
-    first = apply(mix, x)
-    assert torch.equal(apply(mix, x), first)
+    first = apply(x)
+    assert torch.equal(apply(x), first)
     row_3 = mix.token_rows == 3
     huge = torch.where(row_3[:, None], x, x * 6e4)
     mix.row_slots[4:] = torch.tensor([0, 4, 3])
-    second = apply(mix, huge)
+    second = apply(huge)
     assert not second[~row_3].isfinite().all()
     assert torch.equal(second[row_3], first[row_3])
 
@@ -148,13 +253,14 @@ def test_a_replayed_graph_sees_todays_slots(dtype: torch.dtype, device: torch.de
     """Rows, slots, weights, ranks and factors are overwritten between the replays of one graph."""
     if device.type != "cuda":
         pytest.skip("needs a CUDA device")
-    tokens, linear, mix = 50, factors(256, (64, 32), dtype, device), mixed(50, device)
+    tokens, mix = 50, mixed(50, device)
+    linear = factors(256, (64, 32), dtype, device, [STRIDE] * SLOTS)
     x, y = (randn(tokens, width, dtype=dtype, device=device) for width in (256, 96))
     out = y.clone()
 
     def forward() -> None:
         out.copy_(y)
-        grouped_lora([linear], MAX_RANK, mix.slot_ranks, *mix[:3]).apply(0, x, out)
+        mix.lora([linear]).update(0, x).add_to(out)
 
     forward()
     graph = torch.cuda.CUDAGraph()

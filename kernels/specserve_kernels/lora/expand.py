@@ -1,20 +1,69 @@
-"""The second half of a grouped LoRA: the shrunk activations times B, added to y in place.
+"""The second half of a grouped LoRA: the shrunk activations times B, added where a linear's output is read.
 
-    y[token, column_p + c] += Σ_slots Σ_r (Σ_k s[k, place * M + j, p, r]) · b[slot, column_p * R + r * width_p + c]
+    Δ[token, c] = Σ_m Σ_r (Σ_k s[k, token, m, p, r]) · b[slot * R + r, c]
 
-over the slots of the token, in the order of the slots; s as `lora_shrink` leaves it. b [S, R * out_features] in the
-model's dtype holds for each part p of a slot, one after the other, its Bᵀ [R, width_p]: real ranks are whole rows, read
-alone. Summed in float32, y included, and rounded once. A program owns its piece of y: no atomics, the same result
-whenever it is run.
+over the slots of the token, p being the part that column c belongs to; s as `shrink` leaves it. b [S * R, out_features]
+in the model's dtype: row slot * R + r is rank r of a slot over the columns of all parts. Splits are added in order, all
+products in float32, y included, and rounded once. A tile's rank blocks are taken together, with zeros for the tokens
+that do not use them, which leave sums as they are: a token's result does not depend on the others.
+
+    add      y += Δ
+    silu     silu(gate + Δ) * (up + Δ)      gate and up: the halves of y, of one part each
+    rotate   see qkv.rotate_and_cache, of y + Δ, whose heads belong to one part each
 """
 
 from __future__ import annotations
 
+from specserve_kernels.activation import gated
 from specserve_kernels.language import tl, triton
-from specserve_kernels.lora.shrink import next_code, slot_use
-from specserve_kernels.lora.tiles import _NONE
+from specserve_kernels.launch import relaunched
+from specserve_kernels.lora.shrink import place_of
+from specserve_kernels.overlap import wait
+from specserve_kernels.qkv import load_angles, load_head_weights, rotated, store_heads
 
 MAX_PARTS = 4
+
+
+@triton.jit
+def _shrunk(s, token_slots, blocks, count, done, place, part, rank_stride, split_stride,
+            M: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
+            FACTOR: tl.constexpr):  # fmt: skip
+    """s of the tokens at `place` [TILE, 1] for RANKS ranks from block `done` on, [TILE, RANKS]."""
+    lane = tl.arange(0, RANKS)[None, :]
+    code = tl.load(blocks + done + lane // 16, mask=done + lane // 16 < count, other=-1)
+    m, _ = place_of(token_slots, token_slots, place, tl.where(code < 0, -2, code >> 16), M)
+    rank = ((code >> 8) & 255) * 16 + lane % 16
+    rows = s + ((place + m) * PARTS + part) * rank_stride + rank
+    total = tl.load(rows, mask=m >= 0, other=0.0)
+    for k in tl.static_range(1, SPLITS):
+        total += tl.load(rows + k * split_stride, mask=m >= 0, other=0.0)
+    return total.to(FACTOR)
+
+
+@triton.jit
+def _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS: tl.constexpr, FACTOR: tl.constexpr):
+    """Bᵀ of the same ranks, [RANKS, COLUMNS], zeros beyond those in use."""
+    lane = tl.arange(0, RANKS)
+    code = tl.load(blocks + done + lane // 16, mask=done + lane // 16 < count, other=0)
+    row = (code >> 16).to(tl.int64) * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
+    live = lane % 16 < (code & 255)
+    return tl.load(b + row[:, None] * b_stride + column, mask=live[:, None] & inside, other=0.0).to(FACTOR)
+
+
+@triton.jit
+def _delta(shrunk, factors, b, column, inside, s, token_slots, blocks, count, place, part,
+           rank_stride, split_stride, b_stride, M: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
+           RANKS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first."""
+    total = tl.dot(shrunk, factors, input_precision=PRECISION)
+    done = RANKS // 16
+    while done < count:
+        more = _shrunk(s, token_slots, blocks, count, done, place, part, rank_stride, split_stride,
+                       M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
+        factors = _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS, FACTOR)
+        total = tl.dot(more, factors, total, input_precision=PRECISION)
+        done += RANKS // 16
+    return total
 
 
 @triton.jit
@@ -30,67 +79,119 @@ def _part_of_block(block, w0, w1, w2, w3, COLUMNS: tl.constexpr):
     return part, column, width, block * COLUMNS
 
 
-@triton.jit
-def _b_tile(b_part, code, first_rank, slot_stride, width, c, RANKS: tl.constexpr):
-    """[RANKS, COLUMNS] of the slot's Bᵀ from row first_rank on, zeros beyond its rank; nothing is read for NONE."""
-    r = first_rank + tl.arange(0, RANKS)[:, None]
-    rows = b_part + (code >> 16).to(tl.int64) * slot_stride + r * width
-    return tl.load(rows, mask=(r < code & 0xFFFF) & (code != _NONE) & (c < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _sum_splits(s_rows, used, split_stride, RANKS: tl.constexpr, SPLITS: tl.constexpr):
-    """s of RANKS ranks, [TILE, RANKS]. All splits are loaded at once: adding load by load would wait for each."""
-    k, r = tl.arange(0, SPLITS)[:, None, None], tl.arange(0, RANKS)[None, None, :]
-    return tl.sum(tl.load(s_rows[None, :, None] + k * split_stride + r, mask=used[None, :, None], other=0.0), 0)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def expand_kernel(
-    y, b, s, tile_codes, tokens, codes,
-    w0, w1, w2, w3, parts, out_features, max_rank, y_stride, split_stride,
-    M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr, SPLITS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+@relaunched
+@triton.jit(do_not_specialize=["num_tokens", "most"])
+def add_kernel(
+    y, b, s, token_slots, counts, blocks,
+    w0, w1, w2, w3, num_tokens, most, rank_stride, split_stride, b_stride, y_stride,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr, LOOPS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile and COLUMNS columns of one part; all slots of the tile in turn, RANKS of the rank at once."""
+    """y += Δ: a tile and LOOPS times COLUMNS columns of one part a program."""
     tile = tl.program_id(1)
-    code = tl.load(tile_codes + tile)
-    if code == _NONE:
+    count, blocks = tl.load(counts + tile), blocks + tile * most
+    part, start, width, first = _part_of_block(tl.program_id(0), w0, w1, w2, w3, COLUMNS * LOOPS)
+    c = first + tl.arange(0, COLUMNS)[None, :]
+    token = tile * TILE + tl.arange(0, TILE)[:, None]
+    factors = _factors(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
+    wait(PDL)
+    if count == 0:
         return
-    at = tile * TILE + tl.arange(0, TILE)
-    m = tl.arange(0, MP)
-    token = tl.load(tokens + at)
-    part, column, width, first = _part_of_block(tl.program_id(0), w0, w1, w2, w3, COLUMNS)
-    c = first + tl.arange(0, COLUMNS)
-    b_part = b + column * max_rank + c[None, :]
-    slot_stride = out_features * max_rank
-    b_tile = _b_tile(b_part, code, 0, slot_stride, width, c, RANKS)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()  # for s and y; all that is read above was there before `shrink` began
-    y_tile = y + column + (token[:, None] * y_stride + c[None, :])
-    y_mask = (token >= 0)[:, None] & (c < width)[None, :]
-    base = tl.load(y_tile, mask=y_mask, other=0.0)
-    s_part = s + part * (tl.cdiv(max_rank, RANKS) * RANKS)
-    row_stride = parts * (tl.cdiv(max_rank, RANKS) * RANKS)
-    total = tl.zeros([TILE, COLUMNS], tl.float32)
-    first_rank = 0
-    while first_rank < code & 0xFFFF:  # the smallest slot is every token's, and first in its rows of s
-        s_tile = s_part + (at * M).to(tl.int64) * row_stride + tl.multiple_of(first_rank, RANKS)
-        shrunk = _sum_splits(s_tile, token >= 0, split_stride, RANKS, SPLITS)
-        total = tl.dot(shrunk.to(FACTOR), b_tile.to(FACTOR), total, input_precision=PRECISION)
-        first_rank += RANKS
-        b_tile = _b_tile(b_part, code, first_rank, slot_stride, width, c, RANKS)
-    token_codes = tl.load(codes + at[:, None] * M + m[None, :], mask=m[None, :] < M, other=_NONE)
-    code = next_code(token_codes, code)
-    while code != _NONE:
-        used, s_row = slot_use(token_codes, code, at, M)
-        first_rank = 0
-        while first_rank < code & 0xFFFF:
-            b_tile = _b_tile(b_part, code, first_rank, slot_stride, width, c, RANKS)
-            s_tile = s_part + s_row.to(tl.int64) * row_stride + tl.multiple_of(first_rank, RANKS)
-            shrunk = _sum_splits(s_tile, used, split_stride, RANKS, SPLITS)
-            total = tl.dot(shrunk.to(FACTOR), b_tile.to(FACTOR), total, input_precision=PRECISION)
-            first_rank += RANKS
-        code = next_code(token_codes, code)
-    tl.store(y_tile, (base.to(tl.float32) + total).to(y.dtype.element_ty), mask=y_mask)
+    shrunk = _shrunk(s, token_slots, blocks, count, 0, token * M, part, rank_stride, split_stride,
+                     M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
+    for loop in range(LOOPS):
+        c = first + loop * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        at, inside = y + (token * y_stride + start + c), (token < num_tokens) & (c < width)
+        base = tl.load(at, mask=inside, other=0.0)
+        if loop > 0:
+            factors = _factors(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
+        delta = _delta(shrunk, factors, b, start + c, c < width, s, token_slots, blocks, count, token * M, part,
+                       rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
+        tl.store(at, (base.to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
+
+
+@relaunched
+@triton.jit(do_not_specialize=["num_tokens", "most"])
+def silu_kernel(
+    y, b, s, out, token_slots, counts, blocks,
+    size, num_tokens, most, rank_stride, split_stride, b_stride,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr, LOOPS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [T, size] of y [T, 2 * size]: a tile and LOOPS times COLUMNS results a program."""
+    tile = tl.program_id(1)
+    count, blocks = tl.load(counts + tile), blocks + tile * most
+    first = tl.program_id(0) * (COLUMNS * LOOPS)
+    c = first + tl.arange(0, COLUMNS)[None, :]
+    token = tile * TILE + tl.arange(0, TILE)[:, None]
+    gates = _factors(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+    ups = _factors(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+    wait(PDL)
+    to_gate = _shrunk(s, token_slots, blocks, count, 0, token * M, 0, rank_stride, split_stride,
+                      M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
+    to_up = _shrunk(s, token_slots, blocks, count, 0, token * M, PARTS - 1, rank_stride, split_stride,
+                    M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
+    for loop in range(LOOPS):
+        c = first + loop * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        at, inside = y + token.to(tl.int64) * (2 * size) + c, (token < num_tokens) & (c < size)
+        gate = tl.load(at, mask=inside, other=0.0)
+        up = tl.load(at + size, mask=inside, other=0.0)
+        if loop > 0:
+            gates = _factors(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+            ups = _factors(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+        more = _delta(to_gate, gates, b, c, c < size, s, token_slots, blocks, count, token * M, 0,
+                      rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
+        gate = gate.to(tl.float32) + more
+        more = _delta(to_up, ups, b, size + c, c < size, s, token_slots, blocks, count, token * M, PARTS - 1,
+                      rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
+        result = gated(gate, up.to(tl.float32) + more)
+        tl.store(out + token.to(tl.int64) * size + c, result.to(out.dtype.element_ty), mask=inside)
+
+
+@relaunched
+@triton.jit(do_not_specialize=["num_tokens", "most"], do_not_specialize_on_alignment=["slot_ptr"])
+def rotate_kernel(
+    y, b, s, token_slots, counts, blocks, cos_ptr, sin_ptr, weight_ptr, eps_ptr, slot_ptr, q_ptr, k_ptr, v_ptr,
+    w0, w1, w2, num_tokens, most, rank_stride, split_stride, b_stride, k_stride, v_stride,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
+    FINITE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A tile and LOOPS heads of one part a program; BLOCK: half of a head, padded."""
+    HALF: tl.constexpr = DIM // 2
+    ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
+    tile, first = tl.program_id(1), tl.program_id(0) * LOOPS
+    count, blocks = tl.load(counts + tile), blocks + tile * most
+    part = (first * DIM >= w0).to(tl.int32) + (first * DIM >= w0 + w1) + (first * DIM >= w0 + w1 + w2)
+    column = tl.arange(0, BLOCK)[None, :]
+    token = tile * TILE + tl.arange(0, TILE)[:, None]
+    inside, half = (token < num_tokens) & (column < HALF), column < HALF
+    at = first * DIM + column
+    lows = _factors(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
+    highs = _factors(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
+    wait(PDL)
+    slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=0)
+    cos, sin = load_angles(cos_ptr, sin_ptr, token.to(tl.int64), column, inside & (first < HEADS + KV_HEADS), DIM)
+    shrunk = _shrunk(s, token_slots, blocks, count, 0, token * M, part, rank_stride, split_stride,
+                     M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
+    for loop in range(LOOPS):
+        head = first + loop
+        at = head * DIM + column
+        low = tl.load(y + token.to(tl.int64) * ROW + at, mask=inside, other=0.0)
+        high = tl.load(y + token.to(tl.int64) * ROW + at + HALF, mask=inside, other=0.0)
+        if loop > 0:
+            lows = _factors(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
+            highs = _factors(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
+        more = _delta(shrunk, lows, b, at, half, s, token_slots, blocks, count, token * M, part,
+                      rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
+        low = low.to(tl.float32) + more
+        more = _delta(shrunk, highs, b, at + HALF, half, s, token_slots, blocks, count, token * M, part,
+                      rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
+        high = high.to(tl.float32) + more
+        is_rotated = head < HEADS + KV_HEADS
+        weight_low, weight_high, eps = load_head_weights(weight_ptr, eps_ptr, at, half & is_rotated, HALF)
+        low, high = rotated(
+            low, high, is_rotated, weight_low, weight_high, eps, cos, sin, DIM, weight_ptr is not None, FINITE
+        )
+        store_heads(q_ptr, k_ptr, v_ptr, k_stride, v_stride, low, high, token.to(tl.int64), head, column, slot, inside,
+                    HEADS, KV_HEADS, DIM)  # fmt: skip

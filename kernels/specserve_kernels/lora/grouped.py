@@ -2,37 +2,41 @@
 
     y[t] += Σ_j row_weights[row, j] · B_slot (A_slot x[t])        row = token_rows[t], slot = row_slots[row, j]
 
-for each part of a merged linear, which has its own A and its own columns of y. Tokens are grouped once a forward
-(`lora_tiles`), then each linear takes two launches: `lora_shrink` and `lora_expand`. Both read only the real ranks of
-the slots in use, and each adapter once per tile of tokens that share it. Everything that changes from step to step lies
-on the device, launches depend on shapes alone. Products are summed in float32; the shrunk activations are rounded to
-the model's dtype for the second product where it has float32's range, and to TF32 for float16, which has not.
+for each part of a merged linear, which has its own A and its own columns of y. Which blocks of ranks the tokens use is
+worked out once a forward (`lora_tiles`). Each linear then takes one launch of its own, `shrink`; the second product is
+added by the kernel that reads the linear's output, or by the linear's own product. Only the real ranks of the slots in
+use are read. Everything that changes from step to step lies on the device, launches depend on shapes alone. Products
+are summed in float32; the shrunk activations are rounded to the model's dtype for the second product where it has
+float32's range, and to TF32 for float16, which has not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.lora.expand import MAX_PARTS, expand_kernel
-from specserve_kernels.lora.shrink import shrink_kernel
-from specserve_kernels.lora.tiles import LoraTiles, lora_tiles
+from specserve_kernels.lora.expand import MAX_PARTS, add_kernel, rotate_kernel, silu_kernel
+from specserve_kernels.lora.shrink import FEW_TOKENS, shrink, shrink_cut
+from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, lora_tiles
+from specserve_kernels.overlap import overlaps
+from specserve_kernels.qkv import HeadWeights
 
-_FEW_TOKENS = 512
 _FACTORS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
 _PRECISIONS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "ieee"}
 
 
 class SlotFactors(NamedTuple):
-    """One merged linear in all slots: a [S * P * R, in_features]; b [S, R * out_features]; the parts' widths [P].
+    """One merged linear in all slots: a [S * P * R, in_features]; b [S * R, out_features]; the parts' widths [P].
 
-    Part p of slot s owns the rows (s * P + p) * R … of a, and of row s of b, behind R * (widths before p), the elements
-    of its Bᵀ [R, width_p]. What lies beyond a slot's rank is never read.
+    R is a multiple of 16. Part p of slot s owns the rows (s * P + p) * R … of a; row s * R + r of b is rank r of slot s
+    over the columns of all parts, side by side. From an adapter's rank to the next multiple of 16 rows are zero; what
+    lies beyond is never read.
     """
 
     a: Tensor
@@ -40,23 +44,13 @@ class SlotFactors(NamedTuple):
     widths: tuple[int, ...]
 
 
-class ShrinkShape(NamedTuple):
-    """How the first product is cut: `splits` (a power of 2) of `split` features, `depth` at a time, and `ranks`."""
-
-    ranks: int
-    depth: int
-    split: int
-    splits: int
-    stages: int
-
-
 def grouped_lora_ref(
     x: Tensor, y: Tensor, factors: SlotFactors, token_rows: Tensor, row_slots: Tensor, row_weights: Tensor,
     slot_ranks: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The formula above, slot by slot in torch, in place: returns y."""
+    """The formula above, slot by slot in torch, in place: returns y. What reads y has its own reference."""
     a, b, widths = factors
-    ranks, parts, max_rank = slot_ranks.tolist(), len(widths), b.shape[1] // sum(widths)
+    ranks, parts, stride = slot_ranks.tolist(), len(widths), b.shape[0] // slot_ranks.shape[0]
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = y.to(precision)
     slots, weights = row_slots[token_rows.clamp(min=0)], row_weights[token_rows.clamp(min=0)].to(precision)
@@ -66,115 +60,167 @@ def grouped_lora_ref(
         weight = (weights * (slots == slot)).sum(dim=1)[tokens, None]
         column = 0
         for part, width in enumerate(widths):
-            first = (slot * parts + part) * max_rank
+            first = (slot * parts + part) * stride
             shrunk = x[tokens].to(precision) @ a[first : first + ranks[slot]].to(precision).t() * weight
-            b_part = b[slot, column * max_rank : (column + width) * max_rank].view(max_rank, width)[: ranks[slot]]
+            b_part = b[slot * stride : slot * stride + ranks[slot], column : column + width]
             total[tokens, column : column + width] += shrunk @ b_part.to(precision)
             column += width
     return y.copy_(total)
 
 
-def shrink_shape(num_tokens: int, in_features: int, max_rank: int, dtype: torch.dtype) -> ShrinkShape:
-    """Few tokens: enough splits to fill the device, but `expand` reads every one of them."""
-    few = num_tokens <= _FEW_TOKENS
-    ranks = min(32 if few else 64, max(16, triton.next_power_of_2(max_rank)))
-    depth = 32 if dtype == torch.float32 else 128 if few else 64
-    most, least = (8, 256) if few else (4, 1024) if num_tokens <= 2048 else (2, 2048)
-    splits = 1 << max(0, min(most, in_features // least).bit_length() - 1)
-    return ShrinkShape(ranks, depth, _round_up(triton.cdiv(in_features, splits), depth), splits, 4)
+@dataclass(frozen=True, slots=True, eq=False)
+class Shrunk:
+    """What a linear's shrink leaves for whoever reads the linear's output, once.
+
+    s float32, flat [splits, N * tile, M, parts, rank_stride], `split_stride` elements from one split to the next, to be
+    added in order; `b` and `widths` as in SlotFactors. `tiles` was there before the kernels of this linear began, s is
+    to be waited for (see overlap).
+    """
+
+    s: Tensor
+    splits: int
+    split_stride: int
+    parts: int
+    rank_stride: int
+    b: Tensor
+    widths: tuple[int, ...]
+    tiles: LoraTiles
+    num_tokens: int
+    dtype: torch.dtype
+
+    def add_to(self, y: Tensor) -> None:
+        """y [T, out_features] += Δ, in place."""
+        assert y.shape == (self.num_tokens, self.b.shape[1]) and y.stride(1) == 1, (y.shape, y.stride(), self.b.shape)
+        assert y.dtype == self.dtype and self.num_tokens * y.stride(0) < 2**31, (y.dtype, y.stride())
+        columns, loops, constants = self._constants("add", overlaps(y))
+        tiles, widths = self.tiles, (*self.widths, 0, 0, 0)[:MAX_PARTS]
+        blocks = sum([-(-width // (columns * loops)) for width in self.widths])
+        add_kernel[(blocks, tiles.blocks.shape[0])](
+            y, self.b, self.s, tiles.token_slots, tiles.counts, tiles.blocks,
+            *widths, self.num_tokens, tiles.blocks.shape[1], self.rank_stride, self.split_stride,
+            self.b.shape[1], y.stride(0), **constants,
+        )  # fmt: skip
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up of gate_up [T, 2 * n] + Δ → [T, n]; see activation."""
+        tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+        assert gate_up.is_contiguous() and gate_up.dtype == self.dtype, (gate_up.stride(), gate_up.dtype)
+        assert self.widths in ((size, size), (2 * size,)) and tokens == self.num_tokens, (self.widths, gate_up.shape)
+        out = gate_up.new_empty(tokens, size)
+        columns, loops, constants = self._constants("silu", overlaps(gate_up))
+        tiles = self.tiles
+        silu_kernel[(-(-size // (columns * loops)), tiles.blocks.shape[0])](
+            gate_up, self.b, self.s, out, tiles.token_slots, tiles.counts, tiles.blocks,
+            size, tokens, tiles.blocks.shape[1], self.rank_stride, self.split_stride, self.b.shape[1], **constants,
+        )  # fmt: skip
+        return out
+
+    def rotate_and_cache(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor,
+        *, heads: int, norm: HeadWeights | None, finite: bool,
+    ) -> Tensor:  # fmt: skip
+        """qkv.rotate_and_cache of qkv + Δ."""
+        tokens, (_, kv_heads, head_dim) = qkv.shape[0], k_cache.shape
+        assert qkv.is_contiguous() and qkv.dtype == cos.dtype == self.dtype, (qkv.stride(), qkv.dtype, cos.dtype)
+        assert tokens == self.num_tokens and qkv.shape[1] == self.b.shape[1], (qkv.shape, self.b.shape)
+        q = qkv.new_empty(tokens, heads, head_dim)
+        loops, constants = _rotate_constants(self._traits(overlaps(qkv)), heads, kv_heads, head_dim, self.widths)
+        tiles, widths = self.tiles, (*self.widths, 0, 0)[:3]
+        weight, eps = norm or (None, None)
+        rotate_kernel[((heads + 2 * kv_heads) // loops, tiles.blocks.shape[0])](
+            qkv, self.b, self.s, tiles.token_slots, tiles.counts, tiles.blocks, cos, sin, weight, eps, slot_mapping,
+            q, k_cache, v_cache, *widths, tokens, tiles.blocks.shape[1], self.rank_stride, self.split_stride,
+            self.b.shape[1], k_cache.stride(0), v_cache.stride(0), FINITE=finite, **constants,
+        )  # fmt: skip
+        return q
+
+    def _traits(self, pdl: bool) -> _Traits:
+        tiles = self.tiles
+        return _Traits(
+            self.num_tokens, tiles.token_slots.shape[1], tiles.tile, self.parts, self.splits, self.rank_stride,
+            self.dtype, pdl,
+        )  # fmt: skip
+
+    def _constants(self, kind: str, pdl: bool) -> tuple[int, int, Mapping[str, object]]:
+        return _column_constants(self._traits(pdl), kind)
 
 
-def expand_shape(num_tokens: int) -> tuple[int, int]:
-    """(columns of y that a program takes, its warps)."""
-    return (128, 4) if num_tokens <= _FEW_TOKENS else (128, 8)
+class _Traits(NamedTuple):
+    """What the constants of a second half depend on."""
+
+    num_tokens: int
+    per_row: int
+    tile: int
+    parts: int
+    splits: int
+    rank_stride: int
+    dtype: torch.dtype
+    pdl: bool
+
+
+def _common_constants(traits: _Traits) -> dict[str, object]:
+    """Ranks at once: of a prefill as many as its adapters can have, of a decode, whose tiles use many, 64."""
+    ranks = min(64, triton.next_power_of_2(traits.rank_stride)) if traits.num_tokens > FEW_TOKENS else 64
+    wide = _FACTORS[traits.dtype] == tl.float32
+    return {
+        "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "SPLITS": traits.splits,
+        "RANKS": min(ranks, 32) if wide else ranks, "FACTOR": _FACTORS[traits.dtype],
+        "PRECISION": _PRECISIONS[traits.dtype], "PDL": traits.pdl, "num_warps": 4, "launch_pdl": traits.pdl,
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _column_constants(traits: _Traits, kind: str) -> tuple[int, int, Mapping[str, object]]:
+    """(columns at once, how often in a program, the kernel's constants)."""
+    columns = 128 if kind == "add" else 64
+    loops = 1 if traits.num_tokens <= FEW_TOKENS else 4
+    return columns, loops, _common_constants(traits) | {"COLUMNS": columns, "LOOPS": loops}
+
+
+@lru_cache(maxsize=1024)
+def _rotate_constants(
+    traits: _Traits, heads: int, kv_heads: int, head_dim: int, widths: tuple[int, ...]
+) -> tuple[int, Mapping[str, object]]:
+    """(heads of a program, which are all of one part; the kernel's constants)."""
+    assert len(widths) <= 3 and not any(width % head_dim for width in widths), (widths, head_dim)
+    loops = 1 if traits.num_tokens <= FEW_TOKENS else 4
+    while any(number % loops for number in (kv_heads, *[width // head_dim for width in widths])):
+        loops //= 2
+    block = max(16, triton.next_power_of_2(head_dim // 2))
+    own = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": head_dim, "BLOCK": block, "LOOPS": loops}
+    return loops, _common_constants(traits) | own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupedLora:
-    """The adapters of one forward's tokens, used by every linear of the model. `tiles` is as old as this object.
-
-    `shrink` needs only x: it may run beside the base's product, on another stream. `expand` reads the tiles before the
-    kernel in front of it has ended, which must be that `shrink` or come after it. Both halves use `workspace` [n]
-    float32, so one linear's `expand` must precede the next one's `shrink`.
-    """
+    """The adapters of one forward's tokens, used by every linear of the model. `tiles` is as old as this object."""
 
     linears: Sequence[SlotFactors]
-    max_rank: int
+    rank_stride: int
     tiles: LoraTiles
     num_tokens: int
-    workspace: Tensor
 
-    def apply(self, linear_index: int, x: Tensor, y: Tensor) -> None:
-        """y += the adapters' product of linear `linear_index`, in place. x [T, in_features], y [T, out_features]."""
-        self.shrink(linear_index, x)
-        self.expand(linear_index, y)
-
-    def shrink(self, linear_index: int, x: Tensor) -> None:
-        """x [T, in_features] → the workspace."""
-        factors = self.linears[linear_index]
-        assert x.shape == (self.num_tokens, factors.a.shape[1]), (x.shape, self.num_tokens, factors.a.shape)
-        assert x.stride(1) == 1, x.stride()
-        assert x.dtype == factors.a.dtype, x.dtype
-        shape = shrink_shape(*x.shape, self.max_rank, x.dtype)
-        tiles, parts = self.tiles, len(factors.widths)
-        grid = (parts * triton.cdiv(self.max_rank, shape.ranks), shape.splits, tiles.tile_codes.shape[0])
-        shrink_kernel[grid](
-            x, factors.a, self.workspace, tiles.tile_codes, tiles.tokens, tiles.codes, tiles.weights,
-            x.shape[1], self.max_rank, x.stride(0), self._split_stride(parts, shape), parts, shape.split,
-            **_columns(tiles), TILE=tiles.tile, RANKS=shape.ranks, DEPTH=shape.depth,
-            STAGES=shape.stages, PRECISION=_PRECISIONS[x.dtype], num_warps=4, **_dependent(x),
-        )  # fmt: skip
-
-    def expand(self, linear_index: int, y: Tensor) -> None:
-        """y [T, out_features] += what the workspace holds for this linear, in place."""
-        factors = self.linears[linear_index]
-        assert y.shape == (self.num_tokens, sum(factors.widths)), (y.shape, self.num_tokens, factors.widths)
-        assert y.stride(1) == 1, y.stride()
-        assert y.dtype == factors.b.dtype, y.dtype
-        assert self.num_tokens * y.stride(0) < 2**31, "offsets into y have 32 bits"
-        shape = shrink_shape(self.num_tokens, factors.a.shape[1], self.max_rank, y.dtype)
-        tiles, parts = self.tiles, len(factors.widths)
-        columns, warps = expand_shape(self.num_tokens)
-        blocks = sum(triton.cdiv(width, columns) for width in factors.widths)
-        expand_kernel[(blocks, tiles.tile_codes.shape[0])](
-            y, factors.b, self.workspace, tiles.tile_codes, tiles.tokens, tiles.codes,
-            *factors.widths, *[0] * (MAX_PARTS - parts), parts,
-            y.shape[1], self.max_rank, y.stride(0), self._split_stride(parts, shape),
-            **_columns(tiles), TILE=tiles.tile, RANKS=shape.ranks, COLUMNS=columns,
-            SPLITS=shape.splits, FACTOR=_FACTORS[y.dtype], PRECISION=_PRECISIONS[y.dtype],
-            num_warps=warps, **_dependent(y),
-        )  # fmt: skip
-
-    def _split_stride(self, parts: int, shape: ShrinkShape) -> int:
-        return self.tiles.codes.numel() * parts * _round_up(self.max_rank, shape.ranks)
+    def update(self, linear_index: int, x: Tensor) -> Shrunk:
+        """What the adapters add to linear `linear_index` of x [T, in_features]: its first half, of x as it is now."""
+        a, b, widths = self.linears[linear_index]
+        assert x.shape == (self.num_tokens, a.shape[1]) and x.stride(1) == 1, (x.shape, x.stride(), a.shape)
+        assert x.dtype == a.dtype, x.dtype
+        tiles, parts = self.tiles, len(widths)
+        places, per_row = tiles.token_slots.shape
+        cut = shrink_cut(*x.shape, parts, per_row, tiles.blocks.shape[1], x.dtype, overlaps(x))
+        stride = places * per_row * parts * self.rank_stride
+        s = tiles.token_weights.new_empty(cut.splits * stride)
+        shrink(x, a, s, self.rank_stride, tiles, cut)
+        return Shrunk(s, cut.splits, stride, parts, self.rank_stride, b, widths, tiles, self.num_tokens, x.dtype)
 
 
 def grouped_lora(
     linears: Sequence[SlotFactors], max_rank: int, slot_ranks: Tensor,
     token_rows: Tensor, row_slots: Tensor, row_weights: Tensor,
 ) -> GroupedLora:  # fmt: skip
-    """Group T = len(token_rows) tokens and reserve the workspace: part of every forward, inside the captured graph.
+    """What T = len(token_rows) tokens use: part of every forward, inside the captured graph.
 
-    slot_ranks [S] int64, 0 for an empty slot; the others as in `lora_tiles`.
+    slot_ranks [S] int64, 0 for an empty slot, none above max_rank; the others as in `lora_tiles`.
     """
-    assert all(len(linear.widths) <= MAX_PARTS for linear in linears)
-    num_tokens = token_rows.shape[0]
-    tiles = lora_tiles(token_rows, row_slots, row_weights, slot_ranks, 16 if num_tokens <= _FEW_TOKENS else 64)
-    shapes = [(shrink_shape(num_tokens, a.shape[1], max_rank, a.dtype), len(widths)) for a, _, widths in linears]
-    columns = max(shape.splits * parts * _round_up(max_rank, shape.ranks) for shape, parts in shapes)
-    workspace = torch.empty(tiles.codes.numel() * columns, dtype=torch.float32, device=token_rows.device)
-    return GroupedLora(linears, max_rank, tiles, num_tokens, workspace)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def _columns(tiles: LoraTiles) -> dict[str, int]:
-    per_row = tiles.codes.shape[1]
-    return {"M": per_row, "MP": triton.next_power_of_2(per_row)}
-
-
-def _dependent(tensor: Tensor) -> dict[str, bool]:
-    """On a GPU each kernel starts while the one before it ends and waits for it where it needs its results."""
-    return {"DEPENDENT": True, "launch_pdl": True} if tensor.is_cuda else {"DEPENDENT": False}
+    tiles = lora_tiles(token_rows, row_slots, row_weights, slot_ranks, max_rank)
+    return GroupedLora(linears, -(-max_rank // RANK_BLOCK) * RANK_BLOCK, tiles, token_rows.shape[0])

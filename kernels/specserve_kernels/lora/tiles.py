@@ -1,13 +1,11 @@
-"""Tokens grouped by adapter on the device, so that a captured step may be replayed with other adapters.
+"""Which adapters the tokens of a forward use, made once on the device, so that a graph may be replayed with others.
 
-Inputs, all live on the device: token_rows [T] int64, the row of each token (negative: none); row_slots [R, M] int64,
-the adapter slots of each row (negative: none); row_weights [R, M] float32; slot_ranks [S] int64, 0 where a slot is
-empty. A slot in use is written as its code (slot << 16) + rank, which brings the rank along with the slot; NONE stands
-for no slot and sorts after every code.
-
-Tokens that have an adapter are sorted by the smallest of their codes and cut into tiles of `tile` tokens, no tile
-holding two smallest codes (the grouping of Punica's SGMV, Chen et al. 2023). Requests with one adapter then give tiles
-of one slot; the others of a tile are found where they are used. Stable and free of atomics: always the same result.
+Inputs, all live on the device: token_rows [T] int64, the row of each token (negative: none); row_slots [rows, M] int64,
+the adapter slots of each row (negative: none); row_weights [rows, M] float32; slot_ranks [S] int64, 0 where a slot is
+empty. Tokens keep their order: tile t holds the tokens t * tile … of the batch. Ranks are counted in blocks of
+RANK_BLOCK, so that an adapter costs its own ranks, whatever the largest is. Requests lie together, so the tile of a
+prefill uses few slots; that of a decode as many as it has rows (the batches of Punica's BGMV, Chen et al. 2023).
+No atomics on floats: always the same result.
 """
 
 from __future__ import annotations
@@ -18,128 +16,96 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.language import tl, triton
+from specserve_kernels.launch import relaunched
 
-NONE = 2**31 - 1
-_NONE = tl.constexpr(NONE)
+RANK_BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraTiles:
-    """Up to N tiles of `tile` places. Tiles in use come first; what stands behind them is not to be read.
+    """N tiles of `tile` tokens; the last may reach beyond the batch.
 
-    `tile_codes` [N] int32: the tile's smallest code, NONE for a tile that is not in use. `tokens` [N * tile] int32:
-    -1 for a free place. `codes` [N * tile, M] int32 and `weights` [N * tile, M] float32: of the token there; a slot
-    that a row names twice stands twice, and its weights are to be added.
+    token_slots [N * tile, M] int32: the token's slots, -1 for none. A slot that a row names twice stands once, and an
+    empty one not at all. token_weights [N * tile, M] float32: theirs, the sum where a slot was named twice.
+    counts [N] int32: how many rank blocks the tile's tokens use; blocks [N, most] int32: their codes, ascending:
+    (slot << 16) | (first rank // 16 << 8) | ranks in use (1 … 16). What stands behind counts[t] is not to be read.
     """
 
     tile: int
-    tile_codes: Tensor
-    tokens: Tensor
-    codes: Tensor
-    weights: Tensor
+    token_slots: Tensor
+    token_weights: Tensor
+    counts: Tensor
+    blocks: Tensor
 
 
-def lora_tiles(token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, slot_ranks: Tensor, tile: int) -> LoraTiles:
-    """Group the tokens as above: one launch, a few µs, no synchronisation."""
-    _check(token_rows, row_slots, row_weights, slot_ranks)
+def tile_size(num_tokens: int) -> int:
+    """Tokens of a tile: up to 32 tokens are one."""
+    return 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
+
+
+def lora_tiles(
+    token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, slot_ranks: Tensor, max_rank: int
+) -> LoraTiles:
+    """The above for ranks up to `max_rank`: one launch, a few µs, no synchronisation.
+
+    It has ended before any later kernel starts, so that those may read it before they wait for each other (see
+    overlap).
+    """
     num_tokens, num_slots, per_row = token_rows.shape[0], slot_ranks.shape[0], row_slots.shape[1]
-    num_tiles = max(1, min(num_tokens, num_tokens // tile + num_slots))
-    tile_codes = token_rows.new_empty(num_tiles, dtype=torch.int32)
-    tokens = token_rows.new_empty(num_tiles * tile, dtype=torch.int32)
-    codes = token_rows.new_empty(num_tiles * tile, per_row, dtype=torch.int32)
-    weights = row_weights.new_empty(num_tiles * tile, per_row)
-    _tiles_kernel[(num_slots,)](
-        token_rows, row_slots, row_weights, slot_ranks, tile_codes, tokens, codes, weights,
-        num_tokens, num_tiles, row_slots.stride(0), row_weights.stride(0), num_slots=num_slots,
-        M=per_row, TILE=tile, BLOCK=256 if num_tokens <= 256 else 1024, BINS=max(32, triton.next_power_of_2(num_slots)),
-        num_warps=4 if num_tokens <= 256 else 8,
-    )  # fmt: skip
-    return LoraTiles(tile, tile_codes, tokens, codes, weights)
-
-
-def _check(token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, slot_ranks: Tensor) -> None:
     assert token_rows.dtype == row_slots.dtype == slot_ranks.dtype == torch.int64, "rows, slots and ranks are int64"
     assert row_weights.dtype == torch.float32, row_weights.dtype
     assert row_slots.shape == row_weights.shape, (row_slots.shape, row_weights.shape)
     assert token_rows.stride(0) == slot_ranks.stride(0) == row_slots.stride(1) == row_weights.stride(1) == 1
-    assert slot_ranks.shape[0] < 2**15 - 1, "a code holds the slot in 15 bits"
+    assert num_slots < 2**15 and max_rank <= 256 * RANK_BLOCK, "a code holds 15 bits of slot and 8 of block"
+    tile = tile_size(num_tokens)
+    num_tiles = max(1, triton.cdiv(num_tokens, tile))
+    most = min(num_slots, tile * per_row) * triton.cdiv(max_rank, RANK_BLOCK)
+    token_slots = token_rows.new_empty((num_tiles * tile, per_row), dtype=torch.int32)
+    token_weights = row_weights.new_empty((num_tiles * tile, per_row))
+    counts = token_rows.new_empty(num_tiles, dtype=torch.int32)
+    blocks = token_rows.new_empty((num_tiles, most), dtype=torch.int32)
+    _tiles_kernel[(num_tiles,)](
+        token_rows, row_slots, row_weights, slot_ranks, token_slots, token_weights, counts, blocks,
+        num_tokens, row_slots.stride(0), row_weights.stride(0), num_slots, most,
+        M=per_row, MP=triton.next_power_of_2(per_row), TILE=tile, BINS=max(32, triton.next_power_of_2(num_slots)),
+        num_warps=4,
+    )  # fmt: skip
+    return LoraTiles(tile, token_slots, token_weights, counts, blocks)
 
 
-@triton.jit
-def _codes_at(rows, mask, m, row_slots, row_stride, slot_ranks, num_slots):
-    """Codes of column m of row_slots for `rows` [BLOCK] int64."""
-    slot = tl.load(row_slots + rows * row_stride + m, mask=mask, other=-1)
-    mask = (slot >= 0) & (slot < num_slots)
-    rank = tl.load(slot_ranks + slot, mask=mask, other=0)
-    return tl.where(rank > 0, (slot << 16) + rank, _NONE).to(tl.int32)
-
-
-@triton.jit
-def _smallest_codes(token_rows, first, num_tokens, row_slots, row_stride, slot_ranks, num_slots,
-                    M: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Of the tokens first … first + BLOCK: their indices, rows and smallest codes."""
-    token = first + tl.arange(0, BLOCK)
-    row = tl.load(token_rows + token, mask=token < num_tokens, other=-1)
-    smallest = tl.full([BLOCK], _NONE, tl.int32)
-    for m in tl.static_range(M):
-        smallest = tl.minimum(smallest, _codes_at(row, row >= 0, m, row_slots, row_stride, slot_ranks, num_slots))
-    return token, row, smallest
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_tiles", "num_slots"])
+@relaunched
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "most"])
 def _tiles_kernel(
-    token_rows, row_slots, row_weights, slot_ranks, tile_codes, tokens, codes, weights,
-    num_tokens, num_tiles, row_stride, weight_stride, num_slots,
-    M: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    token_rows, row_slots, row_weights, slot_ranks, token_slots, token_weights, counts, blocks,
+    num_tokens, row_stride, weight_stride, num_slots, most,
+    M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """One program a slot: counts the tokens of all slots, then places those whose smallest code is its own."""
-    slot = tl.program_id(0)
+    """A tile a program: its tokens' slots and weights, then the blocks of the slots that any of them uses."""
+    tile = tl.program_id(0)
+    token = tile * TILE + tl.arange(0, TILE)
+    row = tl.load(token_rows + token, mask=token < num_tokens, other=-1)
+    m, j = tl.arange(0, MP)[None, :], tl.arange(0, MP)[None, None, :]
+    slot = tl.load(row_slots + row[:, None] * row_stride + m, mask=(row >= 0)[:, None] & (m < M), other=-1)
+    named = (row >= 0)[:, None, None] & (j < M)
+    other = tl.load(row_slots + row[:, None, None] * row_stride + j, mask=named, other=-1)
+    weight = tl.load(row_weights + row[:, None, None] * weight_stride + j, mask=named, other=0.0)
+    same = other == slot[:, :, None]
+    inside = (slot >= 0) & (slot < num_slots)
+    repeated = tl.sum((same & (j < m[:, :, None])).to(tl.int32), 2) > 0
+    used = inside & (repeated == 0) & (tl.load(slot_ranks + slot, mask=inside, other=0) > 0)
+    place = token[:, None] * M + m
+    tl.store(token_slots + place, tl.where(used, slot, -1).to(tl.int32), mask=m < M)
+    tl.store(token_weights + place, tl.sum(tl.where(same, weight, 0.0), 2), mask=m < M)
+
+    flat = tl.reshape(tl.where(used, slot, 0).to(tl.int32), [TILE * MP])
+    times = tl.histogram(flat, BINS, mask=tl.reshape(used, [TILE * MP]))
     bins = tl.arange(0, BINS)
-    counts = tl.zeros([BINS], tl.int32)
-    first = 0
-    while first < num_tokens:
-        _, _, smallest = _smallest_codes(
-            token_rows, first, num_tokens, row_slots, row_stride, slot_ranks, num_slots, M, BLOCK
-        )
-        used = smallest != _NONE
-        counts += tl.histogram(tl.where(used, smallest >> 16, 0), BINS, mask=used)
-        first += BLOCK
-    tiles = tl.cdiv(counts, TILE)
-    if slot == 0:
-        unused = tl.sum(tiles, 0)
-        while unused < num_tiles:
-            behind = unused + tl.arange(0, BLOCK)
-            tl.store(tile_codes + behind, _NONE, mask=behind < num_tiles)
-            unused += BLOCK
-    own_tiles = tl.sum(tl.where(bins == slot, tiles, 0), 0)
-    if own_tiles == 0:
-        return
-    first_tile = tl.sum(tl.where(bins < slot, tiles, 0), 0)
-    code = ((slot << 16) + tl.load(slot_ranks + slot)).to(tl.int32)
-    coded = 0
-    while coded < own_tiles:
-        own = coded + tl.arange(0, TILE)
-        tl.store(tile_codes + first_tile + own, code, mask=own < own_tiles)
-        coded += TILE
-    start, placed, first = first_tile * TILE, 0, 0
-    while first < num_tokens:
-        token, row, smallest = _smallest_codes(
-            token_rows, first, num_tokens, row_slots, row_stride, slot_ranks, num_slots, M, BLOCK
-        )
-        mine = (smallest == code).to(tl.int32)
-        at = start + placed + tl.cumsum(mine, 0) - 1
-        mask = mine > 0
-        tl.store(tokens + at, token, mask=mask)
-        for m in tl.static_range(M):
-            code_m = _codes_at(row, mask, m, row_slots, row_stride, slot_ranks, num_slots)
-            tl.store(codes + at * M + m, code_m, mask=mask)
-            weight = tl.load(row_weights + row * weight_stride + m, mask=mask, other=0.0)
-            tl.store(weights + at * M + m, weight, mask=mask)
-        placed += tl.sum(mine, 0)
-        first += BLOCK
-    free = placed + tl.arange(0, TILE)
-    mask = free < own_tiles * TILE
-    tl.store(tokens + start + free, -1, mask=mask)
-    for m in tl.static_range(M):
-        tl.store(codes + (start + free) * M + m, _NONE, mask=mask)
-        tl.store(weights + (start + free) * M + m, 0.0, mask=mask)
+    rank = tl.load(slot_ranks + bins, mask=(bins < num_slots) & (times > 0), other=0).to(tl.int32)
+    own = (rank + 15) // 16
+    behind = tl.cumsum(own, 0)
+    tl.store(counts + tile, tl.sum(own, 0))
+    most_own, block = tl.max(own, 0), 0
+    while block < most_own:
+        code = (bins << 16) | (block << 8) | tl.minimum(rank - block * 16, 16)
+        tl.store(blocks + tile * most + behind - own + block, code, mask=block < own)
+        block += 1
