@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.checks import check_repeatability
-from benchmarks.engines import NAMES, Engine, Mode, Setup, open_engine, release_memory
+from benchmarks.engines import NAMES, Assigned, Engine, Mode, Setup, open_engine, release_memory
 from benchmarks.long_context import measure_long
 from benchmarks.record import append, surroundings
 from benchmarks.shapes import load_settings
@@ -52,7 +52,7 @@ class Workload:
         return [[rng.randrange(self.vocab) for _ in range(self.inp)] for _ in range(count)]
 
 
-def seconds(engine: Engine, mode: Mode, batch: int, work: Workload, rng: random.Random) -> float:
+def seconds(engine: Engine, mode: Assigned, batch: int, work: Workload, rng: random.Random) -> float:
     """Time of one run of `batch` fresh prompts."""
     prompts = work.prompts(batch, rng)
     begin = time.perf_counter()
@@ -64,7 +64,7 @@ def seconds(engine: Engine, mode: Mode, batch: int, work: Workload, rng: random.
     return taken
 
 
-def measure_cell(engine: Engine, mode: Mode, batch: int, work: Workload, rng: random.Random) -> Row:
+def measure_cell(engine: Engine, mode: Assigned, batch: int, work: Workload, rng: random.Random) -> Row:
     """Warm up, then time the cell; also the engine's own facts about the measured runs."""
     seconds(engine, mode, batch, replace(work, out=min(WARM_UP_TOKENS, work.out)), rng)
     engine.facts()  # counters start anew

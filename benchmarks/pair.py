@@ -1,6 +1,6 @@
 """A target and a draft whose agreement is known, with adapters: Hugging Face folders of random weights.
 
-    python -m benchmarks.pair OUT [--target 8b] [--draft 1b] [--alpha 0.8] [--adapters 8] [--companions]
+    python -m benchmarks.pair OUT [--target 8b] [--draft 1b] [--alpha 0.8] [--adapters 8] [--ranks 16] [--companions]
     python -m benchmarks.pair OUT --eps 1.0 --layers 4          the sensitive twin
 
 Every layer runs at full cost. Linears are N(0, 1/fan_in), but o_proj and down_proj, which write to the residual
@@ -10,7 +10,8 @@ permutation of the vocabulary. The draft's permutation agrees with the target's 
 draft is accepted with probability alpha, whatever came before.
 
 Adapters have lora_A ~ N(0, 1/fan_in) and lora_B ~ N(0, b²/rank), where b = eps on o_proj and down_proj and 0.3 on the
-others; alpha = rank. With --companions each has a LoRA for the draft in its subfolder draft/.
+others; alpha = rank. Of fewer --ranks than adapters each comes in turn. With --companions each has a LoRA for the draft
+in its subfolder draft/.
 
 What such a pair cannot show is an error: its tokens hardly depend on its layers. The sensitive twin (eps = 1, few
 layers, the same widths) is for that: its log-probabilities depend on every weight, cache entry and adapter.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,7 +36,9 @@ HEAD_GAIN = 20.0
 LORA_SPREAD = 0.3
 RESIDUAL_WRITERS = ("o_proj", "down_proj")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WRITERS = 8  # files written at once
+MOST_PENDING = 32  # adapters whose weights wait on the device to be written
 
 
 def permutations(vocab: int, alpha: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -125,24 +128,66 @@ def _write_tokenizer(out: FolderWriter, vocab: int) -> None:
     out.json("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0", **special})
 
 
-def write_adapter(out: FolderWriter, shape: Shape, settings: PairSettings, random: Random) -> None:
-    """One LoRA on all seven linears of every layer, in PEFT's layout."""
+def write_adapter(out: FolderWriter, shape: Shape, rank: int, eps: float, random: Random) -> None:
+    """The weights of one LoRA on all seven linears of every layer, in PEFT's layout."""
     weights = {}
     for layer in range(shape.layers):
         for name, (fan_in, fan_out) in shape.linears.items():
             prefix = f"base_model.model.model.layers.{layer}.{name}."
-            spread = _gain(name, LORA_SPREAD, settings.eps) * settings.rank**-0.5
-            weights[prefix + "lora_A.weight"] = random.normal(settings.rank, fan_in, std=fan_in**-0.5)
-            weights[prefix + "lora_B.weight"] = random.normal(fan_out, settings.rank, std=spread)
-    out.tensors("adapter_model.safetensors", weights)
+            spread = _gain(name, LORA_SPREAD, eps) * rank**-0.5
+            weights[prefix + "lora_A.weight"] = random.normal(rank, fan_in, std=fan_in**-0.5)
+            weights[prefix + "lora_B.weight"] = random.normal(fan_out, rank, std=spread)
+    out.tensors(ADAPTER_WEIGHTS, weights)
+
+
+def write_adapter_config(out: FolderWriter, shape: Shape, rank: int, revision: str) -> None:
+    """What PEFT says about it. `revision` changes nothing but the contents: another adapter by its hash."""
     out.json(
         "adapter_config.json",
         {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": settings.rank, "lora_alpha": settings.rank,
-            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "revision": revision,
             "base_model_name_or_path": "", "target_modules": [name.split(".")[1] for name in shape.linears],
         },
     )  # fmt: skip
+
+
+def write_adapters(
+    out: Path, settings: PairSettings, ranks: Sequence[int], device: str, files: int | None = None
+) -> None:
+    """OUT/a0 … with these ranks. Of each rank only the first `files` have weights of their own; the others' files are
+    hard links to those, in turn."""
+    sources = weight_sources(ranks, files)
+    dtype, shapes = DTYPES[settings.dtype], {role: settings.shape(role) for role in ("target", "draft")}
+    jobs: list[Future[None]] = []
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for number, rank in enumerate(ranks):
+            for role, sub in (("target", ""), ("draft", "draft"))[: 1 + settings.companions]:
+                folder = FolderWriter(out / f"a{number}" / sub, pool, jobs)
+                write_adapter_config(folder, shapes[role], rank, f"a{number}")
+                if sources[number] == number:
+                    random = Random(settings.seed + 100 + 2 * number + (role == "draft"), device, dtype)
+                    write_adapter(folder, shapes[role], rank, settings.eps, random)
+            if len(jobs) > MOST_PENDING:
+                jobs.pop(0).result()
+        for job in jobs:
+            job.result()
+    for number, source in enumerate(sources):
+        for sub in ("", "draft")[: 1 + settings.companions] if source != number else ():
+            link = out / f"a{number}" / sub / ADAPTER_WEIGHTS
+            link.unlink(missing_ok=True)
+            link.hardlink_to(out / f"a{source}" / sub / ADAPTER_WEIGHTS)
+
+
+def weight_sources(ranks: Sequence[int], files: int | None) -> list[int]:
+    """Whose weights each adapter has: its own, or those of an earlier one of its rank."""
+    sources: list[int] = []
+    of_rank: dict[int, list[int]] = {}
+    for number, rank in enumerate(ranks):
+        own = of_rank.setdefault(rank, [])
+        own.append(number if files is None or len(own) < files else own[-files])
+        sources.append(own[-1])
+    return sources
 
 
 def write_pair(out: Path, settings: PairSettings, device: str) -> None:
@@ -157,15 +202,16 @@ def write_pair(out: Path, settings: PairSettings, device: str) -> None:
         for index, role in enumerate(shapes):
             random = Random(settings.seed + 10 + index, device, dtype)
             write_model(FolderWriter(out / role, pool, jobs), shapes[role], successors[index], settings, random)
-        for number in range(settings.adapters):
-            for role, sub in (("target", ""), ("draft", "draft"))[: 1 + settings.companions]:
-                folder = FolderWriter(out / "lora" / f"a{number}" / sub, pool, jobs)
-                random = Random(settings.seed + 100 + 2 * number + (role == "draft"), device, dtype)
-                write_adapter(folder, shapes[role], settings, random)
         for job in jobs:
             job.result()
+    ranks = [settings.ranks[number % len(settings.ranks)] for number in range(settings.adapters)]
+    write_adapters(out / "lora", settings, ranks, device)
     content = {name: getattr(settings, name) for name in PairSettings.__dataclass_fields__}
     (out / "pair.json").write_text(json.dumps(content, indent=1))
+
+
+def ranks_of(text: str) -> tuple[int, ...]:
+    return tuple(int(rank) for rank in text.split(","))
 
 
 def main() -> None:
@@ -180,7 +226,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, help="of both models")
     parser.add_argument("--adapters", type=int, default=defaults.adapters)
-    parser.add_argument("--rank", type=int, default=defaults.rank)
+    parser.add_argument("--ranks", type=ranks_of, default=defaults.ranks, help="16, or several in turn: 8,16,64")
     parser.add_argument("--companions", action="store_true", help="a LoRA for the draft in each adapter's folder")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--dtype", default=defaults.dtype, choices=DTYPES)

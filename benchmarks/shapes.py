@@ -38,6 +38,10 @@ class Shape:
         """Weights that every token is multiplied with: all layers' linears and the output head."""
         return self.layers * sum(i * o for i, o in self.linears.values()) + self.hidden * self.vocab
 
+    def lora_weights(self, rank: int) -> int:
+        """Weights of one LoRA of that rank on all linears."""
+        return rank * self.layers * sum(i + o for i, o in self.linears.values())
+
     @property
     def kv_values(self) -> int:
         """Cached values of one token."""
@@ -73,7 +77,7 @@ class PairSettings:
     eps: float = 0.02
     layers: int | None = None  # of both models; None: each shape's own
     adapters: int = 8
-    rank: int = 16
+    ranks: tuple[int, ...] = (16,)  # of the adapters, in turn
     companions: bool = False
     seed: int = 1
     dtype: str = "bfloat16"
@@ -86,7 +90,8 @@ class PairSettings:
 
 def load_settings(pair: Path) -> PairSettings:
     """The settings of a pair on disk."""
-    return PairSettings(**json.loads((pair / "pair.json").read_text()))
+    content = json.loads((pair / "pair.json").read_text())
+    return PairSettings(**content | {"ranks": tuple(content["ranks"])})
 
 
 def special_tokens(vocab: int) -> dict[str, int]:

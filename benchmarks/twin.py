@@ -24,10 +24,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ SHORTEST, SPREAD, STRIDE = 40, 73, 11  # prompt lengths: 40 … 112 tokens
 NEW_TOKENS = 24
 REPLACED_PAGE = 1  # of request 0, whose prompt is the shortest
 MAX_WATCHED = 16  # requests whose drafts are compared
+Cell = TypeVar("Cell", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +94,19 @@ def prompts(batch: int, vocab: int) -> list[list[int]]:
     return [[rng.randrange(vocab) for _ in range(SHORTEST + STRIDE * i % SPREAD)] for i in range(batch)]
 
 
-def run_trial(engine: SpecserveEngine, mode: Mode, batch: int, vocab: int, *, replace_page: bool = False) -> Trial:
-    """One batch, greedy, with log-probabilities."""
-    asked = prompts(batch, vocab)
+def run_trial(
+    engine: SpecserveEngine, adapters: Sequence[str | None], vocab: int, *, replace_page: bool = False
+) -> Trial:
+    """One batch, greedy, with log-probabilities; `adapters` are its requests'."""
+    asked = prompts(len(adapters), vocab)
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=MAX_LOGPROBS)
-    requests = engine.requests(asked, mode.adapters(batch), params)
+    requests = engine.requests(asked, adapters, params)
     between = page_replacer(engine, requests[0].request_id) if replace_page else None
     sequels = engine.run(requests, between)
     return Trial(
-        rows=list(range(batch)),
+        rows=list(range(len(adapters))),
         sequences=[prompt + sequel.token_ids for prompt, sequel in zip(asked, sequels, strict=True)],
-        adapters=mode.adapters(batch),
+        adapters=list(adapters),
         starts=[len(prompt) for prompt in asked],
         tokens=[torch.tensor([[e.token_id, *(token for token, _ in e.top)] for e in s.logprobs]) for s in sequels],
         logprobs=[torch.tensor([[e.logprob, *(value for _, value in e.top)] for e in s.logprobs]) for s in sequels],
@@ -125,13 +128,13 @@ def page_replacer(engine: SpecserveEngine, request_id: str) -> Callable[[], None
     return between
 
 
-def watch_drafts(engine: SpecserveEngine, mode: Mode, batch: int, vocab: int) -> Trial | None:
+def watch_drafts(engine: SpecserveEngine, adapters: Sequence[str | None], vocab: int) -> Trial | None:
     """One batch, sampled, with the probabilities that the draft model gave its drafts; None if none could be seen."""
-    asked = prompts(batch, vocab)
+    asked = prompts(len(adapters), vocab)
     params = SamplingParams(
         temperature=1.0, max_tokens=NEW_TOKENS, ignore_eos=True, speculation=SpeculationParams(method="rejection")
     )
-    requests = engine.requests(asked, mode.adapters(batch), params)
+    requests = engine.requests(asked, adapters, params)
     with DraftWatch(engine.core) as watch:
         sequels = engine.run(requests)
     numbers = {request.request_id: number for number, request in enumerate(requests[:MAX_WATCHED])}
@@ -144,7 +147,7 @@ def watch_drafts(engine: SpecserveEngine, mode: Mode, batch: int, vocab: int) ->
     return Trial(
         rows=[number for number, _ in seen],
         sequences=[finals[number][: r.length] + r.tokens.tolist() for number, r in seen],
-        adapters=[mode.adapters(batch)[number] for number, _ in seen],
+        adapters=[adapters[number] for number, _ in seen],
         starts=[r.length for _, r in seen],
         tokens=[r.tokens.unsqueeze(1) for _, r in seen],
         logprobs=[r.logprobs.unsqueeze(1) for _, r in seen],
@@ -155,29 +158,40 @@ def check_twin(
     setup: Setup, batches: Sequence[int], also: Callable[[SpecserveEngine], None] = lambda engine: None
 ) -> dict[int, dict[str, Any]]:
     """Batch size → the outcome, as rows carry it. `also` is called with the engine at the end."""
+    return check_cells(setup, {batch: setup.mode.adapters(batch) for batch in batches}, also)
+
+
+def check_cells(
+    setup: Setup,
+    cells: Mapping[Cell, Sequence[str | None]],
+    also: Callable[[SpecserveEngine], None] = lambda engine: None,
+) -> dict[Cell, dict[str, Any]]:
+    """Each cell's outcome; a cell is a batch, given as its requests' adapters."""
     settings = load_settings(setup.pair)
     vocab = settings.shape("target").vocab - 256
     engine = SpecserveEngine(replace(setup, options={**setup.options, "pipeline_depth": 2}))
     dtype = getattr(torch, engine.core.ready.dtype)
     try:
-        run_trial(engine, setup.mode, max(8, setup.mode.loras), vocab)  # every adapter is on the device
-        right = {batch: run_trial(engine, setup.mode, batch, vocab) for batch in batches}
-        wrong = {batch: run_trial(engine, setup.mode, batch, vocab, replace_page=True) for batch in batches}
-        drafts = {batch: watch_drafts(engine, setup.mode, batch, vocab) for batch in batches if setup.mode.speculates}
+        run_trial(engine, setup.mode.adapters(max(8, setup.mode.loras)), vocab)  # every adapter is on the device
+        right = {cell: run_trial(engine, adapters, vocab) for cell, adapters in cells.items()}
+        wrong = {cell: run_trial(engine, adapters, vocab, replace_page=True) for cell, adapters in cells.items()}
+        drafts = {
+            cell: watch_drafts(engine, adapters, vocab) for cell, adapters in cells.items() if setup.mode.speculates
+        }
         also(engine)
     finally:
         engine.close()
         del engine
         release_memory()
     target = Judge(setup, "target", setup.loras, dtype)
-    outcomes = {batch: target.judge(right[batch], {"page_replaced": wrong[batch]}) for batch in batches}
+    outcomes = {cell: target.judge(right[cell], {"page_replaced": wrong[cell]}) for cell in cells}
     del target
     release_memory()
     if setup.mode.speculates:
         companions = {name: path / "draft" for name, path in setup.loras.items() if settings.companions}
         judge = Judge(setup, "draft", companions, dtype)
-        for batch, trial in drafts.items():
-            _add_draft(outcomes[batch], judge.judge(trial, {}) if trial is not None else None)
+        for cell, trial in drafts.items():
+            _add_draft(outcomes[cell], judge.judge(trial, {}) if trial is not None else None)
         del judge
         release_memory()
     return outcomes
@@ -204,7 +218,7 @@ class Judge:
         own = trial.adapters if self.loras else [None] * len(trial.adapters)
         outcome = self.compare(trial, own)
         controls = {name: self.compare(wrong, own) for name, wrong in spoiled.items()}
-        if self.loras:
+        if any(own):
             controls[self.exchange] = self.compare(trial, exchanged(own, self.loras))
         outcome["controls_failed"] = {name: not control["passed"] for name, control in controls.items()}
         outcome["controls_err"] = {name: control["mean_err"] for name, control in controls.items()}

@@ -44,6 +44,12 @@ class Mode:
         return [f"a{index % self.loras}" if self.loras else None for index in range(batch)]
 
 
+class Assigned(Protocol):
+    """Which request of a batch gets which adapter: a Mode's in turn, or a mix (benchmarks/adapter_mixes.py)."""
+
+    def adapters(self, batch: int) -> list[str | None]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What an engine is opened with. `options` go to the engine as they are, over what its file sets."""
@@ -52,13 +58,14 @@ class Setup:
     mode: Mode
     device: str
     dtype: str
+    collection: str = "lora"  # the pair's folder with the adapters a0, a1 …
     max_model_len: int = 4096
     max_num_seqs: int = 256
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def loras(self) -> dict[str, Path]:
-        return {f"a{index}": self.pair / "lora" / f"a{index}" for index in range(self.mode.loras)}
+        return {f"a{index}": self.pair / self.collection / f"a{index}" for index in range(self.mode.loras)}
 
 
 class Engine(Protocol):

@@ -23,7 +23,7 @@ _import_benchmarks()
 from benchmarks.pair import write_pair  # noqa: E402
 from benchmarks.shapes import PairSettings  # noqa: E402
 
-SMALL = {"target": "tiny", "draft": "tiny", "adapters": 2, "rank": 4, "companions": True, "dtype": "float32"}
+SMALL = {"target": "tiny", "draft": "tiny", "adapters": 2, "ranks": (4,), "companions": True, "dtype": "float32"}
 
 
 @pytest.fixture(scope="session")
