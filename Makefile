@@ -10,10 +10,10 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 PYTEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-laws test-gpu check format demo bench-cpu bench-engine bench-kernels profile clean
+.PHONY: help install test test-slow test-laws test-gpu test-stress check format demo bench-cpu bench-engine bench-adapters bench-kernels profile clean
 
 help: ## Show what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s  %s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): pyproject.toml constraints-dev.txt
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints-dev.txt
 install: $(INSTALLED) ## Create .venv and install specserve with its development tools
 
 test: $(INSTALLED) ## Run the fast tests on the CPU
-	$(PYTEST) -m 'not slow and not gpu and not laws_full'
+	$(PYTEST) -m 'not slow and not gpu and not laws_full and not stress'
 
 test-slow: $(INSTALLED) ## Run the tests that take more than a few seconds each
 	$(PYTEST) -m 'slow and not gpu and not laws_full'
@@ -39,6 +39,12 @@ test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 	$(BIN)/pytest tests/gpu tests/kernels_triton
 	$(BIN)/pytest $(LAWS_GPU)
 	$(BIN)/pytest $(LAWS_GPU) --law-dtype float32
+
+SECONDS ?= 180
+SEED ?= 0
+
+test-stress: $(INSTALLED) ## Load, reload, break, unload and request adapters at random: SECONDS=180 SEED=0
+	STRESS_SECONDS=$(SECONDS) STRESS_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/pytest tests/stress -m stress
 
 check: $(INSTALLED) ## Lint, check formatting, types and the layers' import contracts
 	$(BIN)/ruff check .
@@ -71,6 +77,9 @@ $(PAIRS)/twin/pair.json: | $(INSTALLED)
 
 bench-engine: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure decode and prefill on a GPU: MODE=lora8_spec4,...
 	$(BIN)/python -m benchmarks.engine $(PAIRS)/pair --twin $(PAIRS)/twin --mode $(MODE)
+
+bench-adapters: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure what adapters cost on a GPU: SECTION=mixes,loading
+	$(BIN)/python -m benchmarks.adapters $(PAIRS)/pair --twin $(PAIRS)/twin $(if $(SECTION),--section $(SECTION))
 
 bench-kernels: $(INSTALLED) ## Measure each kernel on a GPU against its floor: ONLY=norm,lora
 	$(BIN)/python -m benchmarks.ops $(if $(ONLY),--only $(ONLY))
