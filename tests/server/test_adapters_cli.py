@@ -155,8 +155,8 @@ class Terminal:
 
 
 def test_a_bar_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = {name: lambda: 1 for name in "ab"}
-    assert call_each("Loading", calls) == ({"a": 1, "b": 1}, {})
+    calls = {name: lambda: None for name in "ab"}
+    assert call_each("Loading", calls) == ({"a": None, "b": None}, {})
     assert capsys.readouterr().err == ""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
