@@ -92,7 +92,7 @@ def forget(engine: SpecserveEngine, adapter: str) -> None:
 def run_closed(
     engine: SpecserveEngine, prompts: Sequence[list[int]], adapters: Sequence[str | None], out: int, streams: int
 ) -> list[Stream]:
-    """All of these requests in order, `streams` of them at a time: as one ends the next begins."""
+    """All of these requests in order, `streams` of them at a time: as one ends the next begins. In their order."""
     own = Streams(engine)
     ended: list[Stream] = []
     waiting = deque(zip(prompts, adapters, strict=True))
@@ -101,7 +101,7 @@ def run_closed(
             own.add(*waiting.popleft(), out)
         ended += own.step()
     own.drain()
-    return ended
+    return sorted(ended, key=lambda stream: stream.added)
 
 
 def random_prompts(count: int, tokens: int, vocab: int, seed: int | None = None) -> list[list[int]]:
