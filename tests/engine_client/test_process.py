@@ -37,6 +37,15 @@ def start(config: EngineConfig) -> tuple[subprocess.Popen[bytes], Channel, socke
     return process, channel, ours
 
 
+def next_with_outputs(channel: Channel) -> StepOutputs:
+    """The next message that is not statistics alone."""
+    while True:
+        message = channel.receive_one(msgspec.msgpack.Decoder(FromEngine))
+        assert isinstance(message, StepOutputs)
+        if message.outputs:
+            return message
+
+
 @pytest.fixture
 def config(tiny: Path) -> EngineConfig:
     return EngineConfig(model=str(tiny / "model"))
@@ -48,7 +57,7 @@ def test_ends_when_its_parent_is_gone(config: EngineConfig, running: bool) -> No
     if running:
         params = SamplingParams(max_tokens=10**9)
         channel.send(AddRequest(request_id="a", prompt_ids=[5], params=params, seed=1))
-        channel.receive_one(msgspec.msgpack.Decoder(FromEngine))
+        next_with_outputs(channel)
     sock.close()
     assert process.wait(DEADLINE) == 0
 
@@ -56,6 +65,19 @@ def test_ends_when_its_parent_is_gone(config: EngineConfig, running: bool) -> No
 def test_ends_on_shutdown(config: EngineConfig) -> None:
     process, channel, sock = start(config)
     with sock:
+        channel.send(Shutdown())
+        assert process.wait(DEADLINE) == 0
+
+
+def test_statistics_before_anything_happens(tiny: Path) -> None:
+    """So that /metrics tells of an idle server what it has."""
+    one = str(tiny / "adapters" / "one")
+    process, channel, sock = start(EngineConfig(model=str(tiny / "model"), loras=(("a", one), ("b", one))))
+    with sock:
+        message = channel.receive_one(msgspec.msgpack.Decoder(FromEngine))
+        assert isinstance(message, StepOutputs)
+        assert message.stats is not None
+        assert [info.name for info in message.stats.adapters] == ["a", "b"]
         channel.send(Shutdown())
         assert process.wait(DEADLINE) == 0
 

@@ -74,7 +74,7 @@ class _Loop:
     def run(self) -> None:
         """Until a Shutdown; raises PeerGoneError when the parent is gone."""
         decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-        wait: float | None = None
+        wait = self._step()  # nothing to do yet; but /metrics knows from the start how much room there is
         while True:
             for message in self.channel.receive(decoder, wait):
                 if isinstance(message, Shutdown):
