@@ -65,7 +65,7 @@ class Plain:
         def spy(logits: Tensor, batch: SamplingBatch, positions: Tensor) -> Tensor:
             chosen = sample(logits, batch, positions)
             if not found:
-                others = [sample(perturbed, batch, positions) for perturbed in _perturbed(logits)]
+                others = [sample(other, batch, positions) for other in perturbed(logits)]
                 found.append(any(not torch.equal(other, chosen) for other in others))
             return chosen
 
@@ -88,7 +88,7 @@ class Plain:
         return self.known[key]
 
 
-def _perturbed(logits: Tensor) -> list[Tensor]:
+def perturbed(logits: Tensor) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (TRIALS, *logits.shape), generator=generator) * 2 - 1
     return list(logits + signs.to(logits.dtype) * (NEAR_TIE / 2))
