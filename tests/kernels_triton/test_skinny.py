@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora, grouped_lora_ref
 from specserve_kernels.skinny.hopper import skinny_linear_hopper, takes
-from specserve_kernels.skinny.linear import skinny_linear_ref, skinny_linear_triton
+from specserve_kernels.skinny.linear import skinny_linear, skinny_linear_ref, skinny_linear_triton, takes_lora
 from specserve_kernels.tolerances import OP
 
 VARIANTS = [(False, False, False), (True, False, False), (False, True, False), (False, True, True), (True, True, False)]
@@ -56,3 +57,89 @@ def test_some_rows_on_hopper(rows: int, adds: int, gated: int, parted: int, devi
     rtol, atol = OP[x.dtype]
     torch.testing.assert_close(got[0], expected, rtol=rtol, atol=atol)
     assert arrivals is None or not arrivals.any()
+
+
+def slots_of(
+    ranks: list[int], widths: tuple[int, ...], in_dim: int, device: torch.device
+) -> tuple[SlotFactors, torch.Tensor]:
+    """Slots of those ranks, as loading leaves them: zeros from a rank to the next multiple of 16, then anything."""
+    stride = (max(ranks) + 15) // 16 * 16
+    a = made((len(ranks), len(widths), stride, in_dim), torch.bfloat16, device)
+    b = made((len(ranks), stride, sum(widths)), torch.bfloat16, device)
+    for slot, rank in enumerate(ranks):
+        behind = (rank + 15) // 16 * 16
+        for tensor in (a[slot].movedim(1, 0), b[slot]):
+            tensor[rank:behind] = 0
+            tensor[behind:] = torch.nan
+    return SlotFactors(a.flatten(0, 2), b.flatten(0, 1), widths), torch.tensor(ranks, device=device)
+
+
+def grouped(
+    factors: SlotFactors, ranks: torch.Tensor, row_slots: torch.Tensor, row_weights: torch.Tensor
+) -> GroupedLora:
+    rows = torch.arange(len(row_slots), device=row_slots.device)
+    return grouped_lora([factors], int(ranks.max()), ranks, rows, row_slots, row_weights)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 13, 32])
+@pytest.mark.parametrize("per_row", [1, 3])
+@pytest.mark.parametrize(
+    ("widths", "adds", "gated"), [((256, 64, 64), 0, 0), ((448,), 1, 0), ((192, 192), 0, 1), ((384,), 0, 1)]
+)
+def test_adapters_within_the_product_on_hopper(
+    rows: int, per_row: int, widths: tuple[int, ...], adds: int, gated: int, device: torch.device
+) -> None:
+    """More adapters than the rings hold, ranks that fill no block, sums, rows without; then the same rows alone."""
+    torch.manual_seed(3)
+    x = made((rows, 2128), torch.bfloat16, device)[:, :2120]
+    weight = made((sum(widths), 2120), torch.bfloat16, device)
+    if not takes(x, weight):
+        pytest.skip("needs a Hopper GPU")
+    factors, ranks = slots_of([(7 * slot) % 41 for slot in range(40)], widths, 2120, device)
+    residual = made((rows, sum(widths)), torch.bfloat16, device) if adds else None
+    arrivals = torch.zeros(64, dtype=torch.int32, device=device)
+    row_slots = torch.randint(-1, 40, (rows, per_row), device=device)
+    row_weights = torch.rand(rows, per_row, device=device)
+
+    def product(named: torch.Tensor) -> torch.Tensor:
+        lora = grouped(factors, ranks, named, row_weights).update(0, x)
+        assert takes_lora(x, weight, lora)
+        mine = None if residual is None else residual.clone()
+        return skinny_linear(x, weight, residual=mine, gated=bool(gated), arrivals=arrivals, lora=lora)
+
+    got = product(row_slots)
+    rtol, atol = OP[x.dtype]
+    torch.testing.assert_close(got, expected(x, weight, residual, factors, ranks, row_slots, row_weights, gated),
+                               rtol=rtol, atol=atol)  # fmt: skip
+    assert not arrivals.any()
+    for row in range(0, rows, 5):
+        alone = torch.full_like(row_slots, -1)
+        alone[row] = row_slots[row]
+        assert torch.equal(product(alone)[row], got[row])
+    base = None if residual is None else residual.clone()
+    base = skinny_linear_hopper(x, weight, base, bool(gated), arrivals)
+    assert torch.equal(product(torch.full_like(row_slots, -1)), base)
+
+
+def expected(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, factors: SlotFactors, ranks: torch.Tensor,
+    row_slots: torch.Tensor, row_weights: torch.Tensor, gated: int,
+) -> torch.Tensor:  # fmt: skip
+    """Product, then adapters, then what follows, in float64."""
+    wide = SlotFactors(factors.a.double(), factors.b.double(), factors.widths)
+    y = x.double() @ weight.double().t()
+    rows = torch.arange(len(x), device=x.device)
+    y = grouped_lora_ref(x.double(), y, wide, rows, row_slots, row_weights, ranks)
+    if gated:
+        gate, up = y.chunk(2, dim=1)
+        y = torch.nn.functional.silu(gate) * up
+    return (y if residual is None else y + residual.double()).to(x.dtype)
+
+
+def test_adapters_are_added_apart_where_the_product_does_not_take_them(device: torch.device) -> None:
+    factors, ranks = slots_of([4, 16], (24, 8), 64, device)
+    x, weight = made((3, 64), torch.float32, device), made((32, 64), torch.float32, device)
+    slots = torch.tensor([[0], [1], [-1]], device=device)
+    factors = SlotFactors(factors.a.float(), factors.b.float(), factors.widths)
+    assert not takes_lora(x, weight, grouped(factors, ranks, slots, torch.ones(3, 1, device=device)).update(0, x))
+    assert not takes_lora(x, weight, None)

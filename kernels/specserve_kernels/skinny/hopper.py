@@ -14,13 +14,20 @@ Gluon because Triton cannot load W before the wait and x after it.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from specserve_kernels.language import triton
+from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps
+from specserve_kernels.skinny.hopper_lora import stage_s
 from specserve_kernels.skinny.hopper_parts import consume, produce
+
+if TYPE_CHECKING:
+    from specserve_kernels.lora.grouped import Shrunk
 
 try:
     from triton.experimental import gluon
@@ -35,15 +42,22 @@ _WIDTH = 64  # columns of a tile: 128 bytes, the widest swizzle
 _HALF = 111 * 1024  # of a multiprocessor's memory: two programs on it
 _WHOLE = 200 * 1024
 _PROGRAMS = 132  # multiprocessors
+_SLOTS = {8: 3, 16: 4, 32: 2}  # steps in the ring of s by tokens: those of 128 ranks in what W's ring leaves
 
 
+@relaunched
 @gluon.jit(do_not_specialize=["count", "steps"])
 def _skinny_kernel(
     w_desc, x_desc, out, workspace, arrivals, count, out_dim, steps, out_stride,
+    b_desc, s, token_slots, counts, blocks, split_stride, rank_stride, second, third, fourth,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
     GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+    SLOTS: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr, S_SPLITS: gl.constexpr,
 ):  # fmt: skip
-    """Program p: part p % SPLITS of tile p // SPLITS. steps: stages along `in` of a part; DEPTH tiles in a stage."""
+    """Program p: part p % SPLITS of tile p // SPLITS. steps: stages along `in` of a part; DEPTH tiles in a stage.
+
+    With SLOTS, those of the ring of s, adapters are added (hopper_lora): b_desc … fourth from `_arguments`.
+    """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = out.dtype.element_ty
     MATRICES: gl.constexpr = 2 if GATED else 1
@@ -54,17 +68,41 @@ def _skinny_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (consume, (out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
-                       ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL)),
-            (produce, (w_desc, x_desc, w_smem, x_smem, full, empty, out_dim, steps,
-                       ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL)),
-        ],
-        [1],
-        [40],
-    )  # fmt: skip
+    if SLOTS == 0:
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (consume, (out, workspace, arrivals, None, w_smem, x_smem, full, empty, None, None, None,
+                           count, out_dim, steps, out_stride,
+                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL, SLOTS)),
+                (produce, (w_desc, x_desc, None, w_smem, x_smem, full, empty, out_dim, steps,
+                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL, SLOTS)),
+            ],
+            [1],
+            [40],
+        )  # fmt: skip
+    else:
+        s_smem = gl.allocate_shared_memory(dtype, [SLOTS * DEPTH, TOKENS, 64], layout)
+        staged = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+        taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(SLOTS):
+            mbarrier.init(staged.index(i), count=1)
+            mbarrier.init(taken.index(i), count=1)
+        fence_async_shared()
+        adapters = (b_desc, s, token_slots, counts, blocks, split_stride, rank_stride, second, third, fourth)
+        gl.warp_specialize(
+            [
+                (consume, (out, workspace, arrivals, adapters, w_smem, x_smem, full, empty, s_smem, staged, taken,
+                           count, out_dim, steps, out_stride,
+                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL, SLOTS)),
+                (produce, (w_desc, x_desc, adapters, w_smem, x_smem, full, empty, out_dim, steps,
+                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL, SLOTS)),
+                (stage_s, (adapters, s_smem, staged, taken,
+                           TOKENS, DEPTH, SLOTS, SPLITS, GATED, PDL, PARTS, M, S_SPLITS)),
+            ],
+            [1, 2],
+            [56, 56],
+        )  # fmt: skip
 
 
 def _tokens(rows: int) -> int:
@@ -92,7 +130,15 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return suits(x) and weight.dtype == x.dtype and aligned
 
 
-def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool) -> dict[str, int]:
+def takes_lora(x: Tensor, weight: Tensor, lora: Shrunk) -> bool:
+    """Whether this kernel can add what adapters add to such a product: `takes`, each of its tiles in one part, all
+    tokens in one tile. Not in float16, where s might overflow."""
+    fits = x.dtype == lora.b.dtype == torch.bfloat16 and lora.b.shape[1] == weight.shape[0]
+    parts = all(width % 64 == 0 for width in lora.widths) and lora.b.is_contiguous() and lora.b.data_ptr() % 16 == 0
+    return takes(x, weight) and _tokens(x.shape[0]) in _SLOTS and lora.tiles.counts.shape[0] == 1 and fits and parts
+
+
+def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool, slots: int = 0) -> dict[str, int]:
     """Rows of W in a tile (of each matrix), tiles and stages of the ring, parts along `in`. A W of few tiles is parted
     until every multiprocessor has a program, whose ring fills its memory; of more tiles, two programs share one."""
     tokens, matrices, tiles = _tokens(rows), 2 if gated else 1, triton.cdiv(out_dim, 64)
@@ -100,8 +146,20 @@ def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool) -> dict[str, i
     splits = 1
     while is_small and splits < 4 and tiles * splits * 2 <= _PROGRAMS and in_dim >= 2048 * splits:
         splits *= 2
-    memory = (_WHOLE if is_small else _HALF) - 64 * tokens * 4
-    return {"ROWS": 64, "DEPTH": 2, "STAGES": memory // (2 * (64 * matrices + tokens) * 128), "SPLITS": splits}
+    memory = (_WHOLE if is_small else _HALF) - 64 * tokens * (4 + slots * 4)
+    stages = memory // (2 * (64 * matrices + tokens) * 128)
+    return {"ROWS": 64, "DEPTH": 2, "STAGES": max(2, stages), "SPLITS": splits}
+
+
+def _arguments(lora: Shrunk | None) -> tuple[Any, ...]:
+    """What the kernel takes of adapters: B in boxes of a rank block, s and who uses what, where the parts begin."""
+    if lora is None:
+        return (None,) * 10
+    ranks, out_dim = lora.b.shape
+    b_desc = TensorDescriptor(lora.b, [ranks, out_dim], [out_dim, 1], [16, _WIDTH], _TILE)
+    starts = [*accumulate(lora.widths[:-1]), out_dim, out_dim, out_dim][:3]
+    tiles = lora.tiles
+    return (b_desc, lora.s, tiles.token_slots, tiles.counts, tiles.blocks, lora.split_stride, lora.rank_stride, *starts)
 
 
 def skinny_linear_hopper(
@@ -111,18 +169,21 @@ def skinny_linear_hopper(
     gated: bool = False,
     arrivals: Tensor | None = None,
     cut: dict[str, int] | None = None,
+    lora: Shrunk | None = None,
 ) -> Tensor:
-    """x Wᵀ where `takes` allows it. arrivals: int32 zeros, one a tile of W or more, of which kernels on one stream may
-    share one tensor; without it `in` is not parted."""
+    """x Wᵀ where `takes` allows it, plus what adapters add where `takes_lora` does. arrivals: int32 zeros, one a tile
+    of W or more, of which kernels on one stream may share one tensor; without it `in` is not parted."""
     rows, in_dim = x.shape
     out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, out_dim) if residual is None else residual
-    cut = choose_cut(rows, out_dim, in_dim, gated) if cut is None else cut
+    tokens = _tokens(rows)
+    slots = 0 if lora is None else _SLOTS[tokens]
+    assert lora is None or not gated or lora.widths in ((out_dim, out_dim), (2 * out_dim,)), lora.widths
+    cut = choose_cut(rows, out_dim, in_dim, gated, slots) if cut is None else cut
     splits = 1 if arrivals is None else cut["SPLITS"]
     tiles = triton.cdiv(out_dim, cut["ROWS"])
     assert arrivals is None or arrivals.numel() >= tiles, (arrivals.shape, tiles)
     workspace = out if splits == 1 else x.new_empty(splits, rows, out_dim, dtype=torch.float32)
-    tokens = _tokens(rows)
     w_desc = TensorDescriptor(weight, list(weight.shape), [in_dim, 1], [cut["ROWS"], _WIDTH], _TILE)
     x_desc = TensorDescriptor(x, [rows, in_dim], [x.stride(0), 1], [tokens, _WIDTH], _TILE)
     steps = triton.cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits)
@@ -130,8 +191,10 @@ def skinny_linear_hopper(
     options = {"launch_pdl": True} if overlap else {}  # others than NVIDIA's do not know it
     _skinny_kernel[(tiles * splits,)](
         w_desc, x_desc, out, workspace, out if arrivals is None else arrivals, rows, out_dim, steps, out.stride(0),
-        ROWS=cut["ROWS"], TOKENS=tokens, DEPTH=cut["DEPTH"], STAGES=cut["STAGES"], SPLITS=splits, GATED=gated,
-        RESIDUAL=residual is not None, PDL=overlap, num_warps=4,
-        maxnreg=_registers(cut["ROWS"] * tokens * (2 if gated else 1), splits), **options,
+        *_arguments(lora), ROWS=cut["ROWS"], TOKENS=tokens, DEPTH=cut["DEPTH"], STAGES=cut["STAGES"], SPLITS=splits,
+        GATED=gated, RESIDUAL=residual is not None, PDL=overlap, SLOTS=slots,
+        PARTS=1 if lora is None else lora.parts, M=1 if lora is None else lora.tiles.token_slots.shape[1],
+        S_SPLITS=1 if lora is None else lora.splits,
+        num_warps=4, maxnreg=_registers(cut["ROWS"] * tokens * (2 if gated else 1), splits), **options,
     )  # fmt: skip
     return out

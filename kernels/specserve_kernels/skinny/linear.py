@@ -4,14 +4,15 @@
     residual  y = residual + x Wᵀ                      residual: [rows, out], overwritten with y
     norm      y = rsqrt(mean(x²) + eps) (x * g) Wᵀ     RMSNorm first (g: [in]); its factor is one number a row
     gated     y = silu(x Wgᵀ) * (x Wuᵀ)                W = [Wg; Wu]: [2 out, in]; SwiGLU (Shazeer 2020); y: [rows, out]
+    lora      x Wᵀ + Σ s·B wherever x Wᵀ stands        s, B: what `GroupedLora.update` leaves of x, where `takes_lora`
 
 For few rows the time is that of reading W: 2 bytes an element at the memory's speed. So what matters is that W streams
 without a pause: enough bytes in flight, and no gap between two kernels. For the second, a kernel starts while its
 predecessor still runs (programmatic dependent launch) and loads its first part of W before it waits for the
 predecessor, whose results are all it depends on. Hence the rule: W must not have been written in the same step.
 
-One row is a matrix-vector product of fp32 multiplications; more rows go through Hopper's tensor cores (skinny.hopper),
-with the norm as a kernel of its own. Sums are fp32 in a fixed order.
+One row is a matrix-vector product of fp32 multiplications; more rows, or one with adapters, go through Hopper's tensor
+cores (skinny.hopper), with the norm as a kernel of its own. Sums are fp32 in a fixed order.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
+from specserve_kernels.lora.grouped import Shrunk
 from specserve_kernels.norm import rms_norm, rms_norm_ref
 from specserve_kernels.overlap import overlaps, wait
 from specserve_kernels.skinny import hopper as skinny_hopper
@@ -138,16 +140,22 @@ def skinny_linear(
     norm: Norm | None = None,
     gated: bool = False,
     arrivals: Tensor | None = None,
+    lora: Shrunk | None = None,
 ) -> Tensor:
     """x [rows, in] times weight [out, in] → [rows, out]; onto a residual, in place; gated: [rows, out / 2].
 
     arrivals: int32 zeros, which all products on a stream may share; with it, more of the GPU works at a small W.
+    lora: what the adapters add, of this very x, which is normed already; `takes_lora` must have said so.
     """
     assert x.shape[-1] == weight.shape[1], (x.shape, weight.shape)
     assert x.stride(-1) == 1, x.stride()
     assert weight.is_contiguous(), weight.stride()
     assert residual is None or (not gated and residual.shape == (x.shape[0], weight.shape[0])), weight.shape
     assert residual is None or residual.stride(-1) == 1, residual.stride()
+    if lora is not None:
+        assert norm is None, "the adapters have read x already"
+        assert takes_lora(x, weight, lora), (x.shape, weight.shape, lora.widths)
+        return skinny_hopper.skinny_linear_hopper(x, weight, residual, gated, arrivals, lora=lora)
     if not is_skinny(x):
         return skinny_linear_ref(x, weight, residual, norm, gated)
     if x.shape[0] == 1:
@@ -161,6 +169,11 @@ def skinny_linear(
 def arrivals(device: torch.device) -> Tensor:
     """What `skinny_linear` counts its programs' arrivals in: int32 zeros, and zeros again after every product."""
     return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+
+
+def takes_lora(x: Tensor, weight: Tensor, lora: object) -> bool:
+    """Whether `skinny_linear` adds what these adapters add to x [rows, in] times weight [out, in]."""
+    return isinstance(lora, Shrunk) and is_skinny(x) and skinny_hopper.takes_lora(x, weight, lora)
 
 
 def is_skinny(x: Tensor) -> bool:
