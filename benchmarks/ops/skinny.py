@@ -9,10 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.ops.case import Case, Setting, copies, relative
-from specserve_kernels.skinny.linear import is_skinny, skinny_linear, skinny_linear_ref
+from benchmarks.ops.case import Case, Setting, copies, count, relative
+from specserve_kernels.activation import silu_mul_ref
+from specserve_kernels.lora.grouped import SlotFactors, grouped_lora, grouped_lora_ref
+from specserve_kernels.skinny.linear import is_skinny, skinny_linear, skinny_linear_ref, takes_lora
 
 ROWS = (1, 8, 32)
+ADAPTERS, RANK = 8, 16
 Kind = Literal["norm", "residual", "norm, gated", "plain"]
 
 
@@ -27,6 +30,11 @@ def cases(setting: Setting) -> Iterator[Case]:
         yield case(setting, "gate, up", rows, 2 * shape.intermediate, shape.hidden, "norm, gated")
         yield case(setting, "down", rows, shape.hidden, shape.intermediate, "residual")
         yield case(setting, "head", rows, shape.vocab, shape.hidden, "plain")
+        if is_skinny(setting.randn(2, shape.hidden)):  # where more than one row is a product of these kernels
+            yield adapted(setting, "qkv", rows, (query, kv, kv), shape.hidden, "plain")
+            yield adapted(setting, "o", rows, (shape.hidden,), query, "residual")
+            yield adapted(setting, "gate, up", rows, (shape.intermediate,) * 2, shape.hidden, "gated")
+            yield adapted(setting, "down", rows, (shape.hidden,), shape.intermediate, "residual")
 
 
 def case(setting: Setting, name: str, rows: int, out: int, fan_in: int, kind: Kind) -> Case:
@@ -50,3 +58,39 @@ def case(setting: Setting, name: str, rows: int, out: int, fan_in: int, kind: Ki
 
     calls = [partial(run, x, weight, residual=residual) for x, weight, residual in sets]
     return Case(name if rows == 1 else f"{name}, {rows} rows", calls, size, error, flops=2 * rows * out * fan_in)
+
+
+def adapted(setting: Setting, name: str, rows: int, widths: tuple[int, ...], fan_in: int, kind: str) -> Case:
+    """The product that takes in what adapters add, whose first half was computed before."""
+    out, gated, used = sum(widths), kind == "gated", min(rows, ADAPTERS)
+    size = 2 * (out * fan_in + used * RANK * out + rows * (fan_in + (out // 2 if gated else out)))
+    at = torch.arange(rows, device=setting.device)
+    mix = (at, at[:, None] % ADAPTERS, torch.ones(rows, 1, device=setting.device))
+    ranks = torch.full((ADAPTERS,), RANK, device=setting.device)
+
+    def buffers() -> tuple[Tensor, Tensor, Tensor | None, SlotFactors]:
+        a = setting.randn(ADAPTERS * len(widths) * RANK, fan_in, scale=fan_in**-0.5)
+        factors = SlotFactors(a, setting.randn(ADAPTERS * RANK, out, scale=0.1), widths)
+        x, weight = setting.randn(rows, fan_in), setting.randn(out, fan_in, scale=fan_in**-0.5)
+        return x, weight, setting.randn(rows, out) if kind == "residual" else None, factors
+
+    sets = copies(buffers, size)
+    batch = grouped_lora([factors for *_, factors in sets], RANK, ranks, *mix)
+    updates = [batch.update(i, x) for i, (x, *_) in enumerate(sets)]
+    assert takes_lora(sets[0][0], sets[0][1], updates[0]), (name, rows)
+    run = partial(skinny_linear, gated=gated)
+
+    def error() -> float:
+        x, weight, residual, (a, b, _) = sets[0]
+        mine = None if residual is None else residual.clone()
+        want = skinny_linear_ref(x.float(), weight.float(), None if residual is None else residual.float(), None, False)
+        grouped_lora_ref(x.float(), want, SlotFactors(a.float(), b.float(), widths), *mix, ranks)
+        return relative(run(x, weight, residual=mine, lora=updates[0]), silu_mul_ref(want) if gated else want)
+
+    calls = [
+        partial(run, x, weight, residual=residual, lora=update)
+        for (x, weight, residual, _), update in zip(sets, updates, strict=True)
+    ]
+    return Case(
+        f"{name}, {count(rows, 'row')}, {count(used, 'adapter')}", calls, size, error, flops=2 * rows * out * fan_in
+    )
