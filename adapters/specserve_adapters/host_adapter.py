@@ -14,7 +14,7 @@ Factors = Mapping[ModuleKey, tuple[Tensor, Tensor]]
 RANK_BLOCK = 16  # kernels take ranks in blocks of so many
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class HostAdapter:
     """One adapter's matrices in one contiguous blob (page-locked if asked for).
 

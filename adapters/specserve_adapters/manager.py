@@ -10,6 +10,7 @@ then) is forgotten; the next request gets a new one, read anew. A reload puts a 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -21,7 +22,9 @@ from specserve.core.errors import AdapterBusyError, AdapterError
 from specserve.core.messages import AdapterInfo, AdapterTierStats, LoraRef
 from specserve.core.plan import AdapterLoad
 from specserve_adapters.entry import AdapterSource, AdapterUse, LoadTicket, merge_uses, to_float32
+from specserve_adapters.helpers import make_helpers
 from specserve_adapters.host_adapter import HostAdapter
+from specserve_adapters.host_memory import HostMemory
 from specserve_adapters.intake import Intake
 from specserve_adapters.library import Library
 from specserve_adapters.live import LiveUses, Uses
@@ -31,6 +34,7 @@ from specserve_adapters.spec import LinearSpec
 
 __all__ = ["AdapterManager", "AdapterUse", "LoadTicket"]
 
+READ_HELPERS = min(4, os.cpu_count() or 1)  # threads that share the work on one adapter
 # `list` is a method of the class, so its signatures cannot name the type.
 Placement = tuple[tuple[tuple[int, float], ...], list[AdapterLoad]]
 AdapterInfos = list[AdapterInfo]
@@ -59,8 +63,10 @@ class AdapterManager:
         pin_memory: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        helpers = make_helpers(READ_HELPERS)  # they end when the last read lets go of them
+        memory = HostMemory(max_host_bytes if num_slots else 0, pin=pin_memory)
         self._settings = settings = ReadSettings(
-            target_specs, draft_specs, max_rank, max_host_bytes, dtype, draft_dtype, pin_memory
+            target_specs, draft_specs, max_rank, max_host_bytes, dtype, draft_dtype, memory, helpers
         )
         self._library = Library(num_slots, max_host_bytes)
         self._names, self._tiers = self._library.names, self._library.tiers

@@ -5,22 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from torch import Tensor
 
 from specserve.core.errors import AdapterError
-from specserve_adapters.adapter_files import AdapterFiles, read_files
-from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, unpack, write_places
+from specserve_adapters.adapter_files import hash_folder, open_weights, read_config
+from specserve_adapters.helpers import Helpers
+from specserve_adapters.host_adapter import HostAdapter
+from specserve_adapters.host_memory import HostMemory
 from specserve_adapters.peft_config import PeftConfig, parse_config
+from specserve_adapters.peft_weights import Factor, LoraModule, read_weights
+from specserve_adapters.safetensors_file import StoredTensor, parse_header
 from specserve_adapters.spec import LinearSpec, ModuleKey
 
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-# A product of activations and larger values may overflow float32, and infinity times the weight 0 of a neighbour that
-# does not use the adapter is NaN.
-MAX_MAGNITUDE = 1e30
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _OUTER = "LoRA on embeddings and on lm_head is not supported; train it without them in target_modules"
 _WHOLE = "whole embeddings are no LoRA; if they were not trained, save the adapter with save_embedding_layers=False"
@@ -41,32 +40,51 @@ _UNSUPPORTED_TENSORS = (
 Modules = Mapping[str, tuple[ModuleKey, int, int]]  # full module name → key, in_features, out_features
 
 
+class ReadAdapter(NamedTuple):
+    """An adapter, and what its folder adds to a version (`adapter_files.version_of`)."""
+
+    adapter: HostAdapter
+    contents: bytes
+
+
 def read_adapter(
-    path: Path, specs: Sequence[LinearSpec], *, max_rank: int, dtype: torch.dtype, pin_memory: bool = False
-) -> HostAdapter:
+    path: Path,
+    specs: Sequence[LinearSpec],
+    *,
+    max_rank: int,
+    dtype: torch.dtype,
+    memory: HostMemory | None = None,
+    helpers: Helpers = None,
+    max_file_bytes: int | None = None,
+) -> ReadAdapter:
     """Read and validate the PEFT folder `path` for the model whose linears are `specs`.
 
-    Raises AdapterError that names the file, setting or tensor. `dtype` is what the factors are converted to.
+    Raises AdapterError that names the file, setting or tensor. `dtype` is what the factors are converted to; `memory`
+    is where the adapter comes to lie (None: in memory of its own), `helpers` share the work.
     """
-    return parse_adapter(read_files(path), specs, max_rank=max_rank, dtype=dtype, pin_memory=pin_memory)
+    data = read_config(path)
+    config = parse_config(data)
+    with open_weights(path, max_bytes=max_file_bytes) as weights:
+        modules = _plan(config, _modules(specs), parse_header(weights.header, weights.num_bytes), max_rank)
+        adapter, hashes = read_weights(weights, specs, modules, dtype, memory or HostMemory(0, pin=False), helpers)
+        return ReadAdapter(adapter, hash_folder(data, weights.header, hashes))
 
 
-def parse_adapter(
-    files: AdapterFiles, specs: Sequence[LinearSpec], *, max_rank: int, dtype: torch.dtype, pin_memory: bool = False
-) -> HostAdapter:
-    """As `read_adapter`, of files already in memory."""
-    config = parse_config(files.config)
-    modules = _modules(specs)
-    tensors = _pair_tensors(_load_tensors(files.weights), modules)
-    _check_targets(config, modules, tensors)
-    for module, (a, b) in tensors.items():
-        _, in_features, out_features = modules[module]
+def _plan(config: PeftConfig, modules: Modules, tensors: Mapping[str, StoredTensor], max_rank: int) -> list[LoraModule]:
+    """The modules that carry a LoRA, in the model's order, all of it checked but the values."""
+    planned: list[LoraModule] = []
+    pairs = _pair_tensors(tensors, modules)
+    _check_targets(config, modules, pairs)
+    for module, (a, b) in pairs.items():
+        key, in_features, out_features = modules[module]
         rank = config.rank(module)
         if rank > max_rank:
             raise AdapterError(f"{module} has rank {rank}; the largest that is served here is {max_rank}.")
-        _check_tensor(_tensor_name(module, "A"), a, (rank, in_features))
-        _check_tensor(_tensor_name(module, "B"), b, (out_features, rank))
-    return _pack(config, specs, tensors, dtype, pin_memory)
+        a_name, b_name = _tensor_name(module, "A"), _tensor_name(module, "B")
+        _check_tensor(a_name, a, (rank, in_features))
+        _check_tensor(b_name, b, (out_features, rank))
+        planned.append(LoraModule(key, Factor(a_name, a), Factor(b_name, b), config.scaling(module)))
+    return planned
 
 
 def _modules(specs: Iterable[LinearSpec]) -> Modules:
@@ -77,18 +95,12 @@ def _modules(specs: Iterable[LinearSpec]) -> Modules:
     return modules
 
 
-def _load_tensors(data: bytes) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_safetensors(data)
-        return tensors
-    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
-        raise AdapterError(f"adapter_model.safetensors cannot be read: {error}.") from error
-
-
-def _pair_tensors(tensors: Mapping[str, Tensor], modules: Modules) -> dict[str, tuple[Tensor, Tensor]]:
+def _pair_tensors(
+    tensors: Mapping[str, StoredTensor], modules: Modules
+) -> dict[str, tuple[StoredTensor, StoredTensor]]:
     """{full module name: (A, B)} in the model's order. Raises AdapterError for anything else in the file."""
-    found: dict[tuple[str, str], Tensor] = {}
-    for name, tensor in sorted(tensors.items()):  # safetensors' order is random; the first fault is always the same
+    found: dict[tuple[str, str], StoredTensor] = {}
+    for name, tensor in sorted(tensors.items()):  # the first fault is always the same
         match = _TENSOR_NAME.fullmatch(name)
         if match is None:
             reason = next((why for part, why in _UNSUPPORTED_TENSORS if part in name), "it is not part of a LoRA")
@@ -101,7 +113,7 @@ def _pair_tensors(tensors: Mapping[str, Tensor], modules: Modules) -> dict[str, 
         if (module, side) in found:
             raise AdapterError(f"Tensor {name}: lora_{side} of {module} is there twice.")
         found[module, side] = tensor
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs: dict[str, tuple[StoredTensor, StoredTensor]] = {}
     for module in modules:
         a, b = found.get((module, "A")), found.get((module, "B"))
         if a is not None and b is not None:
@@ -127,47 +139,12 @@ def _check_targets(config: PeftConfig, modules: Modules, tensors: Mapping[str, o
             raise AdapterError(f"The weights hold a LoRA for {module}, which adapter_config.json does not target.")
 
 
-def _check_tensor(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:
+def _check_tensor(name: str, tensor: StoredTensor, expected: tuple[int, int]) -> None:
     if tensor.dtype not in _FLOATS:
-        raise AdapterError(f"Tensor {name} is {_short(tensor.dtype)}; float16, bfloat16, float32 or float64 expected.")
-    if tuple(tensor.shape) != expected:
+        raise AdapterError(f"Tensor {name} is {tensor.dtype_name}; float16, bfloat16, float32 or float64 expected.")
+    if tensor.shape != expected:
         raise AdapterError(f"Tensor {name} should have the shape {list(expected)}, but has {list(tensor.shape)}.")
-    if not bool(tensor.isfinite().all()):
-        raise AdapterError(f"Tensor {name} holds NaN or infinity.")
-    if bool((tensor.abs() > MAX_MAGNITUDE).any()):
-        raise AdapterError(f"Tensor {name} holds values beyond ±{MAX_MAGNITUDE:g}.")
-
-
-def _pack(
-    config: PeftConfig,
-    specs: Sequence[LinearSpec],
-    tensors: Mapping[str, tuple[Tensor, Tensor]],
-    dtype: torch.dtype,
-    pin_memory: bool,
-) -> HostAdapter:
-    modules, count = _modules(specs), num_modules(specs)
-    size = sum(a.numel() + b.numel() for a, b in tensors.values()) * dtype.itemsize
-    payload = torch.empty(head_bytes(count) + size, dtype=torch.uint8, pin_memory=pin_memory)
-    blob = unpack(payload, count, dtype)[1]
-    factors: dict[ModuleKey, tuple[Tensor, Tensor]] = {}
-    offset = 0
-    for module, (a, b) in tensors.items():
-        a_view = blob[offset : offset + a.numel()].view(a.shape)
-        b_view = blob[offset + a.numel() : offset + a.numel() + b.numel()].view(b.shape)
-        offset += a.numel() + b.numel()
-        a_view.copy_(a)
-        b_view.copy_(b.double() * config.scaling(module))  # folded in float64: B is rounded once
-        for side, view in (("A", a_view), ("B", b_view)):
-            if not bool(view.isfinite().all()):
-                raise AdapterError(f"Tensor {_tensor_name(module, side)} overflows {_short(dtype)}, alpha included.")
-        factors[modules[module][0]] = (a_view, b_view)
-    write_places(payload, specs, blob, factors)
-    return HostAdapter(blob, factors, max(a.shape[0] for a, _ in factors.values()), payload)
 
 
 def _tensor_name(module: str, side: str) -> str:
     return f"base_model.model.{module}.lora_{side}.weight"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

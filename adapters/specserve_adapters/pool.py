@@ -109,6 +109,8 @@ class AdapterPool:
         self._ranks[slot] = adapter.rank if adapter is not None else 0
         if self.grouped:
             if adapter is not None:  # it travels as it lies and is taken apart on the device, however many modules
+                places, _ = unpack(adapter.payload, len(self._layout), self._store.dtype)
+                assert not (places[:, :2] % self._align).any(), "a module does not begin where the device can read it"
                 self._staging[: adapter.payload.numel()].copy_(adapter.payload, non_blocking=True)
                 self._load_payload(slot, adapter.rank)
             self.slot_ranks[slot : slot + 1].fill_(self._ranks[slot])

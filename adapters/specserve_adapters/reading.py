@@ -15,10 +15,10 @@ from typing import Generic, TypeVar
 import torch
 
 from specserve.core.errors import AdapterError
-from specserve_adapters.adapter_files import AdapterFiles, check_folder, hash_files, read_files
+from specserve_adapters.adapter_files import check_folder, version_of
 from specserve_adapters.entry import AdapterSource
-from specserve_adapters.host_adapter import HostAdapter
-from specserve_adapters.peft_reader import parse_adapter
+from specserve_adapters.host_memory import HostMemory
+from specserve_adapters.peft_reader import ReadAdapter, read_adapter
 from specserve_adapters.spec import LinearSpec
 from specserve_adapters.store import StoredAdapter
 
@@ -29,7 +29,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ReadSettings:
-    """What the adapters of this engine must fit. Without a draft model (`draft_specs` None) companions are not read."""
+    """What the adapters of this engine must fit, where they go and who reads. Without a draft model (`draft_specs`
+    None) companions are not read."""
 
     target_specs: Sequence[LinearSpec]
     draft_specs: Sequence[LinearSpec] | None
@@ -37,7 +38,8 @@ class ReadSettings:
     max_bytes: int  # of one adapter in host memory
     dtype: torch.dtype
     draft_dtype: torch.dtype
-    pin_memory: bool
+    memory: HostMemory
+    helpers: ThreadPoolExecutor
 
 
 def check_source(source: AdapterSource, settings: ReadSettings) -> None:
@@ -58,27 +60,24 @@ def read_source(source: AdapterSource, settings: ReadSettings) -> StoredAdapter:
     """
     part = ""
     try:
-        files = _read(source.path, settings)
-        target = _parse(files, settings.target_specs, settings.dtype, settings)
+        target = _read(source.path, settings.target_specs, settings.dtype, settings)
         part = "draft companion: "
         companion = source.companion() if settings.draft_specs is not None else None
         if companion is None or settings.draft_specs is None:
-            return StoredAdapter(hash_files(files, None), target, None)
-        draft_files = _read(companion, settings)
-        draft = _parse(draft_files, settings.draft_specs, settings.draft_dtype, settings)
-        return StoredAdapter(hash_files(files, draft_files), target, draft)
+            return StoredAdapter(version_of(target.contents, None), target.adapter, None)
+        draft = _read(companion, settings.draft_specs, settings.draft_dtype, settings)
+        return StoredAdapter(version_of(target.contents, draft.contents), target.adapter, draft.adapter)
     except (AdapterError, OSError, MemoryError) as error:
         reason = "there is not enough memory to read it." if isinstance(error, MemoryError) else str(error)
         raise AdapterError(f"Adapter {source.name!r}: {part}{reason}", param="path") from error
 
 
-def _read(path: Path, settings: ReadSettings) -> AdapterFiles:
-    # A float64 file may become a 16-bit adapter, a quarter of its size; anything larger cannot fit in any case.
-    return read_files(path, max_weight_bytes=4 * settings.max_bytes + (1 << 20))
-
-
-def _parse(files: AdapterFiles, specs: Sequence[LinearSpec], dtype: torch.dtype, settings: ReadSettings) -> HostAdapter:
-    return parse_adapter(files, specs, max_rank=settings.max_rank, dtype=dtype, pin_memory=settings.pin_memory)
+def _read(path: Path, specs: Sequence[LinearSpec], dtype: torch.dtype, settings: ReadSettings) -> ReadAdapter:
+    return read_adapter(
+        path, specs, max_rank=settings.max_rank, dtype=dtype, memory=settings.memory, helpers=settings.helpers,
+        # A float64 file may become a 16-bit adapter, a quarter of its size; anything larger cannot fit in any case.
+        max_file_bytes=4 * settings.max_bytes + (1 << 20),
+    )  # fmt: skip
 
 
 class ReadQueue(Generic[_Job]):

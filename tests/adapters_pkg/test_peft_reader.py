@@ -17,10 +17,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from specserve.core.errors import AdapterError
-from specserve_adapters.adapter_files import hash_adapter, hash_files, read_files
+from specserve_adapters.adapter_files import WeightsFile, hash_adapter, version_of
 from specserve_adapters.host_adapter import HostAdapter
 from specserve_adapters.peft_config import parse_config
-from specserve_adapters.peft_reader import parse_adapter, read_adapter
+from specserve_adapters.peft_reader import read_adapter
 from specserve_adapters.spec import LinearSpec
 
 MODULES = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -28,7 +28,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def read(path: Path, specs: list[LinearSpec], **settings: Any) -> HostAdapter:
-    return read_adapter(path, specs, **{"max_rank": 16, "dtype": torch.float64, **settings})
+    return read_adapter(path, specs, **{"max_rank": 16, "dtype": torch.float64, **settings}).adapter
 
 
 def random_settings(rng: random.Random) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def test_limits(make_adapter: Any, specs: list[LinearSpec], tmp_path: Path) -> N
     with pytest.raises(AdapterError, match=r"overflows float16"):
         read(tmp_path, specs, dtype=torch.float16)
     with pytest.raises(AdapterError, match=r"at most 10"):
-        read_files(tmp_path, max_weight_bytes=10)
+        read(tmp_path, specs, max_file_bytes=10)
     with pytest.raises(AdapterError, match="not a folder"):
         read(tmp_path / "nowhere", specs)
 
@@ -289,20 +289,28 @@ def test_hash_is_of_contents_and_places(make_adapter: Any, tmp_path: Path) -> No
     for name, seed in (("a", 0), ("copy", 0), ("b", 1)):
         make_adapter(tmp_path / name, seed=seed)
     a, copy, b = (tmp_path / name for name in ("a", "copy", "b"))
-    assert hash_adapter(a, None) == hash_adapter(copy, None) == hash_files(read_files(a), None)
-    assert hash_adapter(a, b) == hash_files(read_files(a), read_files(b))
+    assert hash_adapter(a, None) == hash_adapter(copy, None)
     assert len({hash_adapter(*folders) for folders in ((a, None), (b, None), (a, b), (b, a), (a, a))}) == 5
     edit_config(lora_alpha=13)(copy)
     assert hash_adapter(copy, None) != hash_adapter(a, None)
 
 
 def test_the_version_is_of_the_bytes_that_were_parsed(
-    make_adapter: Any, specs: list[LinearSpec], tmp_path: Path
+    make_adapter: Any, specs: list[LinearSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_adapter(tmp_path, seed=1)
-    version, blob = hash_adapter(tmp_path, None), read(tmp_path, specs).blob
-    files = read_files(tmp_path)
+    """The file is overwritten between its header and its data."""
     make_adapter(tmp_path, seed=2)
-    assert hash_files(files, None) == version != hash_adapter(tmp_path, None)
-    assert torch.equal(parse_adapter(files, specs, max_rank=16, dtype=torch.float64).blob, blob)
-    assert not torch.equal(read(tmp_path, specs).blob, blob)
+    second = (tmp_path / "adapter_model.safetensors").read_bytes()
+    version, blob = hash_adapter(tmp_path, None), read(tmp_path, specs).blob
+    make_adapter(tmp_path, seed=1)
+    read_data = WeightsFile.read_data
+
+    def overwrite(weights: WeightsFile, *args: Any) -> Any:
+        with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
+            file.write(second)
+        return read_data(weights, *args)
+
+    monkeypatch.setattr(WeightsFile, "read_data", overwrite)
+    adapter, contents = read_adapter(tmp_path, specs, max_rank=16, dtype=torch.float64)
+    assert version_of(contents, None) == version
+    assert torch.equal(adapter.blob, blob)
