@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
 
@@ -54,7 +54,7 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, size)
     (block, warps), pdl = _tile(tokens * size), overlaps(gate_up)
-    _silu_mul_kernel[(tokens * triton.cdiv(size, block),)](
+    _silu_mul_kernel[(tokens * cdiv(size, block),)](
         gate_up, out, SIZE=size, BLOCK=block, PDL=pdl, num_warps=warps, launch_pdl=pdl
     )
     return out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 
 
@@ -53,7 +53,7 @@ def commit_tokens_triton(
     packed = tokens.new_empty(batch, columns + 1)
     _commit_kernel[(batch,)](
         history, num_tokens, rows, tokens, counts, packed, history.shape[1], tokens.stride(0),
-        NUM_COLUMNS=columns, HAS_COUNTS=counts is not None, BLOCK=triton.next_power_of_2(columns), num_warps=1,
+        NUM_COLUMNS=columns, HAS_COUNTS=counts is not None, BLOCK=power_of_2(columns), num_warps=1,
     )  # fmt: skip
     return packed
 

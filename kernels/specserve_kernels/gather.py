@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 
 BLOCK = 1024
@@ -32,8 +32,8 @@ def _gather_rows_kernel(table, index, out, width, BLOCK: tl.constexpr):
 def gather_rows_triton(table: Tensor, index: Tensor) -> Tensor:
     width = table[0].numel()
     out = table.new_empty(index.shape[0], *table.shape[1:])
-    block = min(BLOCK, triton.next_power_of_2(width))
-    _gather_rows_kernel[(index.shape[0], triton.cdiv(width, block))](table, index, out, width, BLOCK=block)
+    block = min(BLOCK, power_of_2(width))
+    _gather_rows_kernel[(index.shape[0], cdiv(width, block))](table, index, out, width, BLOCK=block)
     return out
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, tl, triton
 from specserve_kernels.launch import relaunched
 
 BLOCK = 128
@@ -71,7 +71,7 @@ def gather_inputs_triton(
 ) -> TokenInputs:
     count = token_rows.shape[0]
     found = TokenInputs(*token_rows.new_empty(3, count).unbind(0))
-    _gather_inputs_kernel[(triton.cdiv(count, BLOCK),)](
+    _gather_inputs_kernel[(cdiv(count, BLOCK),)](
         token_rows, positions, *tables, *found, count, tables.history.shape[1], tables.block_tables.shape[1],
         block_size, last_position, HAS_POSITIONS=positions is not None, BLOCK=BLOCK,
     )  # fmt: skip

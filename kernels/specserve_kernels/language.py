@@ -1,6 +1,8 @@
 """Triton where it is installed (Linux); elsewhere a stand-in, so that kernels and references share a file everywhere.
 
 from specserve_kernels.language import tl, triton
+
+Triton's own `cdiv` and `next_power_of_2` take the host microseconds; `cdiv` and `power_of_2` are for it.
 """
 
 from __future__ import annotations
@@ -26,4 +28,15 @@ except ImportError:
 
     triton = tl = _Absent()
 
-__all__ = ["tl", "triton"]
+
+def cdiv(number: int, by: int) -> int:
+    """number / by, rounded up."""
+    return -(-number // by)
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not below `number` ≥ 1."""
+    return 1 << (number - 1).bit_length()
+
+
+__all__ = ["cdiv", "power_of_2", "tl", "triton"]

@@ -24,7 +24,8 @@ except ImportError:  # nothing to launch then
 class Relaunched:
     """A kernel, used as Triton's own is: `kernel[grid](*arguments, **constants)`.
 
-    The kernel's constants come behind its other arguments and are named in every call, so are its options.
+    The kernel's constants come behind its other arguments and are named in every call, so are its options; its first
+    argument is a tensor, on the current device.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -36,10 +37,10 @@ class Relaunched:
         return lambda *arguments, **constants: self._launch(grid, arguments, constants)
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        traits: list[Any] = [*constants, *constants.values()]
+        device = arguments[0].get_device()
+        traits: list[Any] = [device, *constants, *constants.values()]
         values = [_describe(argument, traits) for argument in arguments]
-        device = torch.cuda.current_device()
-        key = (device, *traits)
+        key = tuple(traits)
         found = self._launchers.get(key)
         if found is None:
             compiled = self.fn[grid](*arguments, **constants)
@@ -53,19 +54,18 @@ class Relaunched:
 
 def _describe(argument: Any, traits: list[Any]) -> Any:
     """Add to `traits` what Triton would compile another kernel for; return what its launcher takes fastest."""
-    if isinstance(argument, Tensor):
+    kind = type(argument)
+    if kind is Tensor:
         pointer = argument.data_ptr()
         traits += (argument.dtype, pointer % 16 == 0)
         return pointer
-    if type(argument) is int:
+    if kind is int:
         wide = not -(2**31) <= argument < 2**31
-        traits.append((wide, argument == 1, argument % 16 == 0))
-        return argument
-    if argument is None or isinstance(argument, bool | float):
-        traits.append(argument if argument is None else type(argument))
-        return argument
-    # A descriptor of tiles: its layout is part of the kernel.
-    traits += (argument.base.dtype, tuple(argument.block_shape), argument.layout, argument.padding)
+        traits += (wide, argument == 1, argument % 16 == 0)
+    elif argument is None or kind is bool or kind is float:
+        traits.append(kind)
+    else:  # a descriptor of tiles: its layout is part of the kernel
+        traits += (argument.base.dtype, tuple(argument.block_shape), argument.layout, argument.padding)
     return argument
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
 
@@ -52,7 +52,7 @@ def _rms_norm_kernel(
 
 def _tile(size: int) -> tuple[int, int, int]:
     """(rows a program, padded row, warps): long rows alone, with two 16-byte loads a thread; short ones together."""
-    block = triton.next_power_of_2(size)
+    block = power_of_2(size)
     rows = max(1, 1024 // block)
     return rows, block, min(max(rows * block // 512, 1), 16)
 
@@ -62,7 +62,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     out = torch.empty_like(x)
     size = x.shape[-1]
     rows, (tile, block, warps), pdl = x.numel() // size, _tile(size), overlaps(x)
-    _rms_norm_kernel[(triton.cdiv(rows, tile),)](
+    _rms_norm_kernel[(cdiv(rows, tile),)](
         x, weight, eps, out, rows,
         SIZE=size, HEADS=weight.numel() // size, ROWS=tile, BLOCK=block, PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip

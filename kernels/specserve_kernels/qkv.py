@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specserve_kernels.dispatch import backend
 from specserve_kernels.kv_cache import write_kv_ref
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.norm import rms_norm_ref
 from specserve_kernels.overlap import overlaps, wait
@@ -138,9 +138,9 @@ def _rotate_and_cache_kernel(
 
 def _tile(tokens: int, heads: int, half: int) -> tuple[int, int, int]:
     """(heads a program, padded half head, warps): each thread holds eight numbers of both halves of a head."""
-    block = triton.next_power_of_2(half)
+    block = power_of_2(half)
     warps = 1 if tokens <= 64 else 4
-    return min(max(256 * warps // block, 1), triton.next_power_of_2(heads)), block, warps
+    return min(max(256 * warps // block, 1), power_of_2(heads)), block, warps
 
 
 def rotate_and_cache_triton(
@@ -152,7 +152,7 @@ def rotate_and_cache_triton(
     q = qkv.new_empty(tokens, heads, head_dim)
     (tile, block, warps), pdl = _tile(tokens, total, head_dim // 2), overlaps(qkv)
     weight, eps = norm or (None, None)
-    _rotate_and_cache_kernel[(tokens * triton.cdiv(total, tile),)](
+    _rotate_and_cache_kernel[(tokens * cdiv(total, tile),)](
         qkv, cos, sin, weight, eps, slot_mapping, q, k_cache, v_cache, k_cache.stride(0), v_cache.stride(0),
         HEADS=heads, KV_HEADS=kv_heads, DIM=head_dim, FINITE=finite,
         TILE=tile, BLOCK=block, PDL=pdl, num_warps=warps, launch_pdl=pdl,

@@ -23,7 +23,7 @@ from specserve_kernels.attention.combine import AHEAD, COMBINED, combine
 from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
 from specserve_kernels.attention.part import attend, locate, prefetch
 from specserve_kernels.attention.plan import FIELDS, multiprocessors, plan_triton, schedule
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
 
@@ -170,12 +170,12 @@ def prepare_decode(
     chosen = slice(first_seq, first_seq + num_seqs)
     device = meta.positions.device
     rows = max(meta.query_lens[chosen]) * (shape.heads // shape.kv_heads)
-    dim = max(16, triton.next_power_of_2(shape.head_dim))
+    dim = max(16, power_of_2(shape.head_dim))
     tile = tile or choose_tile(shape.dtype, dim, rows)
-    block_m = min(16 if shape.dtype == torch.float32 else 64, max(16, triton.next_power_of_2(rows)))
-    max_tiles = sum(triton.cdiv(bound, tile.block_n) for bound in meta.context_bounds[chosen])
+    block_m = min(16 if shape.dtype == torch.float32 else 64, max(16, power_of_2(rows)))
+    max_tiles = sum(cdiv(bound, tile.block_n) for bound in meta.context_bounds[chosen])
     capacity, shortest = schedule(num_seqs, shape.kv_heads, max_tiles, multiprocessors(device) * tile.resident)
-    counters = torch.empty(capacity, shape.kv_heads * triton.cdiv(rows, block_m), dtype=torch.int32, device=device)
+    counters = torch.empty(capacity, shape.kv_heads * cdiv(rows, block_m), dtype=torch.int32, device=device)
     lse = torch.empty(capacity, shape.kv_heads, rows, dtype=torch.float32, device=device)
     partial = torch.empty(*lse.shape, shape.head_dim, dtype=torch.float32, device=device)
     return DecodeRun(meta, first_seq, num_seqs, rows, block_m, tile, shortest, counters, partial, lse)
@@ -197,10 +197,10 @@ def decode_attention_triton(
             shortest=run.shortest,
         )  # fmt: skip
     items = run.plans[window]
-    dim = max(16, triton.next_power_of_2(head_dim))
-    tile_rows = min(run.block_m, triton.next_power_of_2(run.rows), max(1, COMBINED // dim))
+    dim = max(16, power_of_2(head_dim))
+    tile_rows = min(run.block_m, power_of_2(run.rows), max(1, COMBINED // dim))
     pdl = overlaps(q)
-    _decode_kernel[(kv_heads, items.shape[0], triton.cdiv(run.rows, run.block_m))](
+    _decode_kernel[(kv_heads, items.shape[0], cdiv(run.rows, run.block_m))](
         q, k_cache, v_cache, meta.block_tables, meta.positions, items, run.counters, run.partial, run.lse, out,
         window or 0, scale * math.log2(math.e), q.stride(0), out.stride(0), k_cache.stride(0),
         meta.block_tables.stride(0), run.rows, int(fresh),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.attention.interface import AttentionMetadata
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 
 FIELDS = 8
@@ -135,7 +135,7 @@ def plan_triton(
     """The items of sequences first_seq … first_seq + num_seqs - 1; counters: [capacity, KV heads * …] int32."""
     capacity, each = counters.shape
     items = torch.empty(capacity, FIELDS, dtype=torch.int32, device=counters.device)
-    seqs = max(64, triton.next_power_of_2(num_seqs))
+    seqs = max(64, power_of_2(num_seqs))
     _plan_kernel[(1,)](
         meta.positions, meta.query_start, meta.rows, items, counters,
         first_seq, num_seqs, window or 0, capacity, shortest, each, tile,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.attention.prefill_tiles import SEQS, locate
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 
 
@@ -180,7 +180,7 @@ class Tile(NamedTuple):
 
 def choose_tile(dtype: torch.dtype, dim: int, groups: int) -> Tile:
     """The tile for `dim` (head_dim, a power of two)."""
-    least = max(16, triton.next_power_of_2(groups))
+    least = max(16, power_of_2(groups))
     if dtype == torch.float32:  # no tensor cores in full fp32: small tiles keep the products in registers
         return Tile(max(32, least) if dim <= 128 else max(16, least), 32, 8, 1)
     if dim > 128:
@@ -220,10 +220,10 @@ def prefill_attention_triton(
     assert q.stride()[1:] == out.stride()[1:] == (head_dim, 1), (q.stride(), out.stride())
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(2) == 1, (k_cache.stride(), v_cache.stride())
     assert max_context <= block_tables.shape[1] * block_size and block_tables.stride(1) == 1, "beyond the block table"
-    dim = max(16, triton.next_power_of_2(head_dim))
+    dim = max(16, power_of_2(head_dim))
     tile = tile or choose_tile(q.dtype, dim, groups)
     tile_q = tile.block_m // groups
-    tiles = triton.cdiv(queries, tile_q) + num_seqs - 1
+    tiles = cdiv(queries, tile_q) + num_seqs - 1
     _prefill_kernel[(tiles, kv_heads)](
         q, k_cache, v_cache, block_tables, rows, query_start, positions, out,
         first_seq, num_seqs, window or 0, scale * math.log2(math.e),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, tl, triton
 from specserve_kernels.launch import relaunched
 
 SEQS = 64  # query starts looked at together while a program finds its sequence
@@ -72,12 +72,12 @@ def list_tiles(
     query_start: Tensor, rows: Tensor, positions: Tensor, query_lens: tuple[int, ...], first_seq: int, tile_q: int
 ) -> Tensor:
     """Tiles of the sequences first_seq …, which have `query_lens` queries: [tiles, FIELDS] int32, most keys first."""
-    candidates = triton.cdiv(sum(query_lens), tile_q) + len(query_lens) - 1
+    candidates = cdiv(sum(query_lens), tile_q) + len(query_lens) - 1
     tiles = torch.empty(candidates, FIELDS, dtype=torch.int32, device=rows.device)
     keys = torch.empty(candidates, dtype=torch.int32, device=rows.device)
     _tiles_kernel[(candidates,)](
         query_start, rows, positions, tiles, keys, first_seq, len(query_lens),
         TILE_Q=tile_q, SEQS=SEQS, FIELDS=FIELDS, num_warps=1,
     )  # fmt: skip
-    count = sum(triton.cdiv(length, tile_q) for length in query_lens)
+    count = sum(cdiv(length, tile_q) for length in query_lens)
     return tiles[keys.argsort(descending=True)[:count]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.sampling.noise import gumbel, noise_key
 from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
 
@@ -50,7 +50,7 @@ def _best_of_row(tokens, words, num_tiles, vocab, TILES: tl.constexpr):
 
 def tile_size(num_rows: int, vocab_size: int) -> int:
     """Tokens a program: large where the rows alone keep the GPU busy. Two sizes only: each is compiled anew."""
-    return 4096 if num_rows * triton.cdiv(vocab_size, 4096) >= ENOUGH_PROGRAMS else 1024
+    return 4096 if num_rows * cdiv(vocab_size, 4096) >= ENOUGH_PROGRAMS else 1024
 
 
 def warps_of(tile: int) -> int:
@@ -73,7 +73,7 @@ def best_tokens(
     """
     num_rows, num_positions, vocab_size = logits.shape
     tile = tile or tile_size(num_rows * num_positions, vocab_size)
-    num_tiles = triton.cdiv(vocab_size, tile)
+    num_tiles = cdiv(vocab_size, tile)
     words = logits.new_empty((num_rows * num_positions, num_tiles), dtype=torch.int64)
     tokens = logits.new_empty((num_rows, num_positions), dtype=torch.int64)
     if tokens.numel() == 0:
@@ -85,6 +85,6 @@ def best_tokens(
         TILE=tile, num_warps=warps_of(tile),
     )  # fmt: skip
     _best_of_row[(num_rows * num_positions,)](
-        tokens, words, num_tiles, vocab_size, TILES=triton.next_power_of_2(num_tiles), num_warps=1
+        tokens, words, num_tiles, vocab_size, TILES=power_of_2(num_tiles), num_warps=1
     )
     return tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.sampling.noise import gumbel, noise_key
 from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
 from specserve_kernels.sampling.softmax_parts import STATISTICS_TILE, probability, row_statistics, tile_statistics
@@ -57,7 +57,7 @@ def draw_with_softmax(
 ) -> tuple[Tensor, Tensor]:
     """processed [B, vocab] float, dense in its last dimension; the rest [B]. Returns tokens [B] int64, q [B, vocab]."""
     num_rows, vocab_size = processed.shape
-    num_tiles = triton.cdiv(vocab_size, STATISTICS_TILE)
+    num_tiles = cdiv(vocab_size, STATISTICS_TILE)
     maxima = processed.new_empty((num_rows, num_tiles), dtype=torch.float32)
     sums = torch.empty_like(maxima)
     words = processed.new_empty((num_rows, num_tiles), dtype=torch.int64)
@@ -72,6 +72,6 @@ def draw_with_softmax(
     )  # fmt: skip
     _softmax_tile[grid](
         tokens, probs, words, maxima, sums, processed, vocab_size, num_tiles, processed.stride(0),
-        TILE=STATISTICS_TILE, TILES=triton.next_power_of_2(num_tiles), num_warps=4,
+        TILE=STATISTICS_TILE, TILES=power_of_2(num_tiles), num_warps=4,
     )  # fmt: skip
     return tokens, probs

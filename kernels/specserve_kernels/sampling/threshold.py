@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.sampling.ordered import from_ordered, to_ordered
 from specserve_kernels.sampling.softmax_parts import STATISTICS_TILE, row_statistics, tile_statistics
 from specserve_kernels.sampling.threshold_parts import NUM_PIVOTS, ONE, bracket, needed_mass, pivot, weight_of
@@ -160,7 +160,7 @@ def top_k_top_p_triton(
     """As `selection.top_k_top_p`: logits [B, Q, vocab] float32, dense in the vocabulary."""
     batch, num_steps, vocab = logits.shape
     assert vocab < MAX_VOCAB and logits.dtype == torch.float32, (vocab, logits.dtype)
-    num_rows, num_tiles, num_groups = batch * num_steps, triton.cdiv(vocab, STATISTICS_TILE), triton.cdiv(vocab, GROUP)
+    num_rows, num_tiles, num_groups = batch * num_steps, cdiv(vocab, STATISTICS_TILE), cdiv(vocab, GROUP)
     masked = logits.new_empty(logits.shape)
     if num_rows == 0:
         return masked
@@ -171,7 +171,7 @@ def top_k_top_p_triton(
     ids, counts, last_ids = (logits.new_empty((num_rows, n), dtype=torch.int32) for n in (CAPACITY, 1, 1))
     pivot_sums = logits.new_empty((max(rounds, 1), num_rows, NUM_PIVOTS), dtype=torch.int64)
     tiles, row = (num_rows, num_tiles), (vocab, logits.stride(0), logits.stride(1), num_steps)
-    part_sizes = {"TILES": triton.next_power_of_2(num_tiles), "GROUPS": triton.next_power_of_2(num_groups)}
+    part_sizes = {"TILES": power_of_2(num_tiles), "GROUPS": power_of_2(num_groups)}
     tile = {"TILE": STATISTICS_TILE, "num_warps": 4}
     _survey[tiles](maxima, sums, groups, logits, *row, num_groups, GROUPED=grouped, GROUP=GROUP, **tile)
     _plan[(num_rows,)](

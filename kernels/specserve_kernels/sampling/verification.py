@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.sampling.best_token import tile_size, warps_of
 from specserve_kernels.sampling.noise import gumbel, noise_key, uniform
 from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
@@ -187,7 +187,7 @@ def verify_triton(
     rejection = any_rejection and num_drafts > 0
     sampled = any_coupled or (any_rejection and num_drafts == 0)
     tile = STATISTICS_TILE if rejection else tile_size(num_rows * num_positions, vocab_size)
-    num_tiles = triton.cdiv(vocab_size, tile)
+    num_tiles = cdiv(vocab_size, tile)
     tokens = drafts.new_empty((num_rows, num_positions))
     num_tokens, num_accepted = torch.empty_like(draft_counts), torch.empty_like(draft_counts)
     if num_rows == 0:
@@ -206,8 +206,8 @@ def verify_triton(
     _settle[(num_rows,)](
         tokens, num_tokens, num_accepted, statistics, words, maxima, sums, processed, drafts, draft_counts,
         draft_probs, *rows, vocab_size, num_drafts, num_tiles, *strides,
-        REJECTION=rejection, ONE_HOT=one_hot, DIVIDED=divided, TILES=triton.next_power_of_2(num_tiles),
-        STEPS=max(triton.next_power_of_2(num_positions), MIN_STEPS), num_warps=4,
+        REJECTION=rejection, ONE_HOT=one_hot, DIVIDED=divided, TILES=power_of_2(num_tiles),
+        STEPS=max(power_of_2(num_positions), MIN_STEPS), num_warps=4,
     )  # fmt: skip
     if rejection:
         spare_words = torch.empty_like(words)
@@ -218,6 +218,6 @@ def verify_triton(
         )  # fmt: skip
         _finish[(num_rows,)](
             tokens, words, spare_words, num_accepted, temperature, is_coupled, vocab_size, num_drafts, num_tiles,
-            TILES=triton.next_power_of_2(num_tiles), num_warps=1,
+            TILES=power_of_2(num_tiles), num_warps=1,
         )  # fmt: skip
     return tokens, num_tokens, num_accepted
