@@ -79,10 +79,10 @@ class Bench:
         """An engine of all these adapters, `slots` of them on the device and a share of their bytes on the host."""
         # The twin's are different throughout: no two may be taken for one another.
         adapters.write(folder, self.device, FILES if folder == self.pair else None)
-        weight = sum(self.adapter_bytes(rank, folder) for rank in adapters.ranks)
+        weights = [self.adapter_bytes(rank, folder) for rank in adapters.ranks]
         options = {
             "max_loras": slots, "max_lora_rank": max(adapters.ranks),
-            "max_host_lora_bytes": int(weight * host_share * HOST_SLACK) + (1 << 20),
+            "max_host_lora_bytes": int(sum(weights) * host_share * HOST_SLACK) + max(weights),
         }  # fmt: skip
         return Setup(
             folder, Mode(len(adapters.ranks), 0), self.device, load_settings(folder).dtype,
