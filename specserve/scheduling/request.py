@@ -7,6 +7,8 @@ from enum import Enum
 
 from specserve.core.messages import LoraRef, SpeculationStats
 from specserve.core.sampling_params import SamplingParams
+from specserve.scheduling.adapter_slots import SlotWeights
+from specserve.scheduling.flows import Flow
 from specserve_adapters.entry import AdapterUse
 
 
@@ -38,6 +40,8 @@ class Request:
     num_draft_tokens: int | None = 0  # a step; None: the scheduler's choice
 
     status: Status = Status.WAITING
+    flow: Flow | None = None
+    slots: SlotWeights | None = None  # of its adapters, from when it takes them to its end
     row: int | None = None
     epoch: int = 0  # counts preemptions: a result of an earlier epoch brings tokens only
     block_ids: list[int] = field(default_factory=list)

@@ -9,33 +9,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from specserve.core.errors import AdapterError
-from specserve.core.messages import ErrorInfo, LoraRef, RequestOutput
-from specserve.core.plan import AdapterLoad, NewRow, PlanRow, RowResult, StepPlan, StepResult
+from specserve.core.messages import ErrorInfo, RequestOutput
+from specserve.core.plan import StepPlan, StepResult
+from specserve.scheduling.adapter_slots import AdapterSlots
+from specserve.scheduling.commit import Committer
 from specserve.scheduling.drafts import auto_drafts, choose_drafts
 from specserve.scheduling.kv_cache_manager import KVCacheManager
-from specserve.scheduling.outputs import accept_tokens, record_speculation
 from specserve.scheduling.prefix_cache import root_hash
 from specserve.scheduling.request import Request, Status
-from specserve.scheduling.stats import SchedulerStats
-from specserve.scheduling.step_draft import InFlightRow, StepDraft
-from specserve_adapters.entry import AdapterUse
-
-
-class AdapterSlots(Protocol):
-    """What the scheduler needs of the AdapterManager."""
-
-    def acquire(self, refs: tuple[LoraRef, ...]) -> tuple[AdapterUse, ...]: ...
-    def prepare(self, uses: tuple[AdapterUse, ...]) -> bool: ...
-    def take_slots(
-        self, uses: tuple[AdapterUse, ...]
-    ) -> tuple[tuple[tuple[int, float], ...], list[AdapterLoad]] | None: ...
-    def release_slots(self, uses: tuple[AdapterUse, ...]) -> None: ...
-    def release(self, uses: tuple[AdapterUse, ...]) -> None: ...
-    def cache_key(self, uses: tuple[AdapterUse, ...]) -> list[tuple[str, float]]: ...
-    def count_tokens(self, uses: tuple[AdapterUse, ...], tokens: int, drafted: int, accepted: int) -> None: ...
+from specserve.scheduling.step_draft import InFlightRow, StepDraft, new_row
+from specserve.scheduling.waiting import WaitingLine
 
 
 class Scheduler:
@@ -58,12 +43,13 @@ class Scheduler:
         self.draft_kv = draft_kv
         self.cheap_tokens = cheap_tokens
         self.clock = clock
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingLine(adapters, max_num_seqs, self._fail)
         self.running: list[Request] = []  # in order of admission
         self.requests: dict[str, Request] = {}
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.in_flight: deque[list[InFlightRow]] = deque()
-        self.stats = SchedulerStats()
+        self._committer = Committer(kv, adapters, self.waiting, draft_kv)
+        self.stats = self._committer.stats
         self._failed: list[RequestOutput] = []
 
     # --- requests ---------------------------------------------------------------------------------------------------
@@ -73,7 +59,7 @@ class Scheduler:
         request.adapter_uses = self.adapters.acquire(request.lora)
         request.queued_at = self.clock()
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def abort(self, request_id: str) -> None:
         """End a request at any moment, silently; an unknown id is one that has just finished."""
@@ -121,37 +107,16 @@ class Scheduler:
         bound = min(known + drafts, request.max_total)
         if not self._grow(request, bound, draft):
             return
-        assert request.row is not None
-        row = PlanRow(
-            request_id=request.request_id, row=request.row, num_new=1, num_drafts=drafts,
-            proposer=request.proposer if drafts or catch_up else None,
-            draft_prefill=catch_up, context_bound=bound,
-        )  # fmt: skip
-        request.num_draft_scheduled_tokens += catch_up
-        draft.budget -= 1 + drafts + catch_up
-        draft.spare -= drafts + catch_up
-        draft.decodes.append(self._submit(request, row))
+        draft.decode(request, drafts, catch_up, bound)
 
     def _plan_prefill(self, request: Request, draft: StepDraft) -> None:
         start = request.num_computed_tokens
         count = min(request.prefill_end - start, draft.budget)
         if count < 1 or not self._grow(request, start + count, draft):
             return
-        assert request.row is not None
-        request.num_computed_tokens += count
-        row = PlanRow(
-            request_id=request.request_id, row=request.row, num_new=count, start=start,
-            samples=not request.prefilling, context_bound=start + count,
-        )  # fmt: skip
-        draft.budget -= count
-        draft.prefills.append(self._submit(request, row))
-
-    def _submit(self, request: Request, row: PlanRow) -> InFlightRow:
-        request.num_in_flight += 1
-        if row.samples:
-            request.num_in_flight_sampling += 1
-            request.in_flight_bound += 1 + row.num_drafts
-        return InFlightRow(request, request.epoch, row)
+        draft.prefill(request, count)
+        if request.epoch == 0:  # what preemption makes us compute again is not its flow's fault
+            self.waiting.charge(request, count)
 
     def _grow(self, request: Request, num_tokens: int, draft: StepDraft) -> bool:
         """Blocks for `num_tokens`, preempting the youngest requests for them; False if it was itself preempted."""
@@ -165,7 +130,8 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of the queue; its tokens stay, its KV is recomputed. Steps in flight still bring tokens.
+        """Back to the head of the queue; its tokens and slots stay, its KV is recomputed. Steps in flight still bring
+        tokens.
 
         Its blocks may be handed out at once: the device runs steps in order, so the step in flight is done with them.
         """
@@ -173,45 +139,33 @@ class Scheduler:
         request.epoch += 1
         request.status = Status.WAITING
         self.running.remove(request)
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
         self.stats.preemptions += 1
 
     # --- admission --------------------------------------------------------------------------------------------------
 
     def _admit_waiting(self, draft: StepDraft) -> None:
-        """Admit in order. A request whose adapter is still loading waits alone; one that lacks a device slot holds
-        back later requests that would take slots too, so that slots drain towards it."""
-        slots_short = False
-        for request in list(self.waiting):
-            if draft.budget < 1 or not self.free_rows:
+        """Let adapters come nearer, then give free rows to those who are next and have all else that they need."""
+        self.waiting.advance(len(self.free_rows), draft.loads)
+        while draft.budget >= 1 and self.free_rows:
+            request = self.waiting.next()
+            if request is None:
                 return
-            if request.num_in_flight or not self._prepared(request) or (slots_short and request.adapter_uses):
-                continue
-            granted = self.adapters.take_slots(request.adapter_uses)
-            if granted is None:
-                slots_short = True
-                continue
-            slots, loads = granted
             request.root = root_hash(self.adapters.cache_key(request.adapter_uses), request.cache_salt)
-            admitted = self.kv.admit(request)
-            draft.loads.extend(loads)  # the slot is theirs from now on, admitted or not
-            if not admitted:
-                self.adapters.release_slots(request.adapter_uses)
+            if not self.kv.admit(request):
+                self.waiting.hold_back(request)
                 return
-            self._enter_row(request, slots, draft)
+            self.waiting.take(request)
+            self._enter_row(request, draft)
             self._plan_prefill(request, draft)
 
-    def _prepared(self, request: Request) -> bool:
-        try:
-            return self.adapters.prepare(request.adapter_uses)
-        except AdapterError as error:
-            info = ErrorInfo.of(error)
-            self._failed.append(RequestOutput(request_id=request.request_id, finish_reason="error", error=info))
-            self._finish(request)
-            return False
+    def _fail(self, request: Request, error: AdapterError) -> None:
+        """Its adapters cannot be read."""
+        output = RequestOutput(request_id=request.request_id, finish_reason="error", error=ErrorInfo.of(error))
+        self._failed.append(output)
+        self._finish(request)
 
-    def _enter_row(self, request: Request, slots: tuple[tuple[int, float], ...], draft: StepDraft) -> None:
-        self.waiting.remove(request)
+    def _enter_row(self, request: Request, draft: StepDraft) -> None:
         self.running.append(request)
         request.status = Status.RUNNING
         request.row = self.free_rows.pop()
@@ -220,13 +174,7 @@ class Scheduler:
             request.queue_seconds = self.clock() - request.queued_at
             request.cached_tokens = min(request.num_computed_tokens, request.prompt_len)
             self.stats.prompt_tokens += request.prompt_len
-        draft.enter(
-            NewRow(
-                row=request.row, token_ids=list(request.token_ids), prompt_len=request.prompt_len,
-                params=request.params, seed=request.seed, stop_ids=request.stop_ids, adapters=slots,
-                num_computed=request.num_computed_tokens, num_draft_computed=request.num_draft_computed_tokens,
-            )
-        )  # fmt: skip
+        draft.enter(new_row(request))
         draft.append_blocks(request, 0)
 
     # --- commit -----------------------------------------------------------------------------------------------------
@@ -235,53 +183,20 @@ class Scheduler:
         """Take the oldest step's result: append tokens, end requests, offer full blocks to the prefix cache."""
         outputs = self.take_failed()
         for entry, row_result in zip(self.in_flight.popleft(), result.rows, strict=True):
-            output = self._commit_row(entry, row_result)
-            if output is not None:
+            request, output = entry.request, self._committer.commit(entry, row_result)
+            if request.status is Status.FINISHED:
+                if request.num_in_flight == 0 and request.row is not None:
+                    self._retire(request)
+            elif output is not None:
                 outputs.append(output)
+                if output.finish_reason is not None:
+                    self._finish(request)
         return outputs
 
     def take_failed(self) -> list[RequestOutput]:
         """Outputs of requests that ended without a step, because their adapter could not be read."""
         failed, self._failed = self._failed, []
         return failed
-
-    def _commit_row(self, entry: InFlightRow, result: RowResult) -> RequestOutput | None:
-        request, epoch, row = entry
-        request.num_in_flight -= 1
-        if row.samples:
-            request.num_in_flight_sampling -= 1
-            request.in_flight_bound -= 1 + row.num_drafts
-        if request.status is Status.FINISHED:  # it computed once more; that is neither emitted nor counted
-            if request.num_in_flight == 0 and request.row is not None:
-                self._retire(request)
-            return None
-        known = request.num_tokens
-        output = accept_tokens(request, result) if row.samples else None
-        if request.epoch == epoch:
-            computed = known + result.num_accepted if row.start is None else row.start + row.num_new
-            self.kv.commit(request, computed)
-            self._commit_draft(request, row, known, result)
-        if output is not None:
-            self._count(request, row, result, output)
-            if output.finish_reason is not None or request.params.stop:  # a stop string is found further up
-                output.speculation = request.stats
-            if output.finish_reason is not None:
-                self._finish(request)
-        return output
-
-    def _commit_draft(self, request: Request, row: PlanRow, known: int, result: RowResult) -> None:
-        if row.proposer is None or not self.draft_kv[row.proposer]:
-            return
-        if row.num_drafts:  # passes wrote the last two tokens and all drafts but the last
-            self.kv.commit_draft(request, known + min(result.num_accepted, row.num_drafts - 1))
-        else:
-            self.kv.commit_draft(request, request.num_draft_computed_tokens + row.draft_prefill)
-
-    def _count(self, request: Request, row: PlanRow, result: RowResult, output: RequestOutput) -> None:
-        self.stats.record(row, result, len(output.token_ids))
-        if row.num_drafts:
-            record_speculation(request.stats, row.num_drafts, result)
-        self.adapters.count_tokens(request.adapter_uses, len(output.token_ids), result.num_drafted, result.num_accepted)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -299,14 +214,16 @@ class Scheduler:
         """The end of a finished request, once no step in flight writes to its blocks or reads its adapters."""
         if request.row is not None:
             self._leave_row(request)
+        if request.slots is not None:
+            self.adapters.release_slots(request.adapter_uses)
         self.adapters.release(request.adapter_uses)
+        self.waiting.forget(request)
 
     def _leave_row(self, request: Request) -> None:
         assert request.row is not None
         self.kv.release(request)
         self.free_rows.append(request.row)
         request.row = None
-        self.adapters.release_slots(request.adapter_uses)
 
     def check_integrity(self) -> None:
         """Assert that rows and blocks belong to exactly one owner and none leaked."""
@@ -319,3 +236,5 @@ class Scheduler:
         assert len(set(self.free_rows) | set(rows)) == total, "rows leaked or doubled"
         self.kv.pool.check_integrity([r.block_ids for r in holders.values()])
         assert set(self.requests.values()) == set(self.waiting) | set(self.running), "requests leaked"
+        self.waiting.check_integrity()
+        self.waiting.flows.check_integrity(len(set(self.waiting)) + len(holders))

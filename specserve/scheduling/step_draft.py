@@ -36,6 +36,32 @@ class StepDraft:
         """In the plan's order: decodes first."""
         return self.decodes + self.prefills
 
+    def decode(self, request: Request, drafts: int, catch_up: int, bound: int) -> None:
+        """One token of a request, `drafts` more to verify after it, and `catch_up` tokens of draft prefill; the KV
+        cache then holds `bound` tokens at most."""
+        assert request.row is not None
+        row = PlanRow(
+            request_id=request.request_id, row=request.row, num_new=1, num_drafts=drafts,
+            proposer=request.proposer if drafts or catch_up else None,
+            draft_prefill=catch_up, context_bound=bound,
+        )  # fmt: skip
+        request.num_draft_scheduled_tokens += catch_up
+        self.budget -= 1 + drafts + catch_up
+        self.spare -= drafts + catch_up
+        self.decodes.append(_submit(request, row))
+
+    def prefill(self, request: Request, count: int) -> None:
+        """The next `count` tokens of what a request has to compute before it can decode."""
+        assert request.row is not None
+        start = request.num_computed_tokens
+        request.num_computed_tokens += count
+        row = PlanRow(
+            request_id=request.request_id, row=request.row, num_new=count, start=start,
+            samples=not request.prefilling, context_bound=start + count,
+        )  # fmt: skip
+        self.budget -= count
+        self.prefills.append(_submit(request, row))
+
     def enter(self, new: NewRow) -> None:
         """A request takes a row; whoever took it earlier in this step, and was preempted, is forgotten."""
         if any(other.row == new.row for other in self.new_rows):
@@ -57,3 +83,21 @@ class StepDraft:
             blocks=self.blocks,
             adapter_loads=self.loads,
         )
+
+
+def new_row(request: Request) -> NewRow:
+    """What the device must know of a request that takes a row."""
+    assert request.row is not None and request.slots is not None
+    return NewRow(
+        row=request.row, token_ids=list(request.token_ids), prompt_len=request.prompt_len, params=request.params,
+        seed=request.seed, stop_ids=request.stop_ids, adapters=request.slots, num_computed=request.num_computed_tokens,
+        num_draft_computed=request.num_draft_computed_tokens,
+    )  # fmt: skip
+
+
+def _submit(request: Request, row: PlanRow) -> InFlightRow:
+    request.num_in_flight += 1
+    if row.samples:
+        request.num_in_flight_sampling += 1
+        request.in_flight_bound += 1 + row.num_drafts
+    return InFlightRow(request, request.epoch, row)
