@@ -1,4 +1,4 @@
-"""Products of 2 to 64 rows for Hopper: y = x Wᵀ at the speed at which W is read. Variants and shapes as in skinny.
+"""Products of up to 64 rows for Hopper: y = x Wᵀ at the speed at which W is read. Variants and shapes as in skinny.
 
 A program takes ROWS rows of W (gated: as many of Wg and of Wu) and one of SPLITS parts of `in`. One warp copies tiles
 of W and x into a ring of STAGES stages in shared memory with the tensor memory accelerator, four warps multiply them:
