@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from specserve.scheduling.scheduler import Scheduler
 from specserve.speculation.proposer import Proposer
 
 PROBE_TOKENS = 5  # a verification's
-IDLE_SECONDS = 0.001  # how long a step waits when all requests wait for an adapter's read
+SWITCH_SECONDS = 0.0005  # how long a thread that reads an adapter may keep the interpreter from a step
+IDLE_SECONDS = 0.001  # how long a step waits when all requests wait for an adapter's read or copy
 
 
 class EngineCore:
@@ -219,6 +221,7 @@ class EngineCore:
 def make_core(config: EngineConfig) -> EngineCore:
     """The engine of a process of its own, with as many CPU threads as serve its model best (or OMP_NUM_THREADS)."""
     core = EngineCore(config, progress=True)
+    sys.setswitchinterval(SWITCH_SECONDS)
     if core.built.device.type == "cpu" and not environment_threads():
         runner = core.built.runner
         probe = partial(runner.trial_step, 1, PROBE_TOKENS)
