@@ -17,7 +17,6 @@ from __future__ import annotations
 from specserve_kernels.activation import gated
 from specserve_kernels.language import tl, triton
 from specserve_kernels.launch import relaunched
-from specserve_kernels.lora.shrink import place_of
 from specserve_kernels.overlap import wait
 from specserve_kernels.qkv import load_angles, load_head_weights, rotated, store_heads
 
@@ -25,18 +24,26 @@ MAX_PARTS = 4
 
 
 @triton.jit
-def _shrunk(s, token_slots, blocks, count, done, place, part, rank_stride, split_stride,
-            M: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
-            FACTOR: tl.constexpr):  # fmt: skip
-    """s of the tokens at `place` [TILE, 1] for RANKS ranks from block `done` on, [TILE, RANKS]."""
+def _places(token_slots, blocks, count, done, token, part, rank_stride,
+            M: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
+    """Where the tokens [TILE, 1] have RANKS ranks from block `done` on in s: the row's begin [TILE, RANKS], negative
+    for tokens that do not have them, and the ranks [1, RANKS], in runs of 16 for the loads' sake."""
     lane = tl.arange(0, RANKS)[None, :]
-    code = tl.load(blocks + done + lane // 16, mask=done + lane // 16 < count, other=-1)
-    m, _ = place_of(token_slots, token_slots, place, tl.where(code < 0, -2, code >> 16), M)
-    rank = ((code >> 8) & 255) * 16 + lane % 16
-    rows = s + ((place + m) * PARTS + part) * rank_stride + rank
-    total = tl.load(rows, mask=m >= 0, other=0.0)
+    code = tl.load(blocks + done + lane // 16, mask=done + lane // 16 < count, other=-512)
+    slot = tl.where(code < 0, -2, code >> 16)
+    index = token * 0 - 1
+    for m in tl.static_range(M):
+        hit = tl.load(token_slots + token * M + m) == slot
+        index = tl.where(hit, (token * M + m) * PARTS + part, index)
+    return index * rank_stride, ((code >> 8) & 255) * 16 + lane % 16
+
+
+@triton.jit
+def _shrunk(s, rows, ranks, split_stride, SPLITS: tl.constexpr, FACTOR: tl.constexpr):
+    """s there, the sum of all splits."""
+    total = tl.load(s + (rows + ranks), mask=rows >= 0, other=0.0)
     for k in tl.static_range(1, SPLITS):
-        total += tl.load(rows + k * split_stride, mask=m >= 0, other=0.0)
+        total += tl.load(s + k * split_stride + (rows + ranks), mask=rows >= 0, other=0.0)
     return total.to(FACTOR)
 
 
@@ -51,15 +58,15 @@ def _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANK
 
 
 @triton.jit
-def _delta(shrunk, factors, b, column, inside, s, token_slots, blocks, count, place, part,
+def _delta(shrunk, factors, b, column, inside, s, token_slots, blocks, count, token, part,
            rank_stride, split_stride, b_stride, M: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
            RANKS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first."""
     total = tl.dot(shrunk, factors, input_precision=PRECISION)
     done = RANKS // 16
     while done < count:
-        more = _shrunk(s, token_slots, blocks, count, done, place, part, rank_stride, split_stride,
-                       M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
+        rows, ranks = _places(token_slots, blocks, count, done, token, part, rank_stride, M, PARTS, RANKS)
+        more = _shrunk(s, rows, ranks, split_stride, SPLITS, FACTOR)
         factors = _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS, FACTOR)
         total = tl.dot(more, factors, total, input_precision=PRECISION)
         done += RANKS // 16
@@ -94,18 +101,18 @@ def add_kernel(
     c = first + tl.arange(0, COLUMNS)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     factors = _factors(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
+    rows, ranks = _places(token_slots, blocks, count, 0, token, part, rank_stride, M, PARTS, RANKS)
     wait(PDL)
     if count == 0:
         return
-    shrunk = _shrunk(s, token_slots, blocks, count, 0, token * M, part, rank_stride, split_stride,
-                     M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
+    shrunk = _shrunk(s, rows, ranks, split_stride, SPLITS, FACTOR)
     for loop in range(LOOPS):
         c = first + loop * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         at, inside = y + (token * y_stride + start + c), (token < num_tokens) & (c < width)
         base = tl.load(at, mask=inside, other=0.0)
-        if loop > 0:
+        if LOOPS > 1:
             factors = _factors(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
-        delta = _delta(shrunk, factors, b, start + c, c < width, s, token_slots, blocks, count, token * M, part,
+        delta = _delta(shrunk, factors, b, start + c, c < width, s, token_slots, blocks, count, token, part,
                        rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
         tl.store(at, (base.to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
 
@@ -126,23 +133,23 @@ def silu_kernel(
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     gates = _factors(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
     ups = _factors(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+    gate_rows, ranks = _places(token_slots, blocks, count, 0, token, 0, rank_stride, M, PARTS, RANKS)
+    up_rows, _ = _places(token_slots, blocks, count, 0, token, PARTS - 1, rank_stride, M, PARTS, RANKS)
     wait(PDL)
-    to_gate = _shrunk(s, token_slots, blocks, count, 0, token * M, 0, rank_stride, split_stride,
-                      M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
-    to_up = _shrunk(s, token_slots, blocks, count, 0, token * M, PARTS - 1, rank_stride, split_stride,
-                    M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
+    to_gate = _shrunk(s, gate_rows, ranks, split_stride, SPLITS, FACTOR)
+    to_up = _shrunk(s, up_rows, ranks, split_stride, SPLITS, FACTOR)
     for loop in range(LOOPS):
         c = first + loop * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         at, inside = y + token.to(tl.int64) * (2 * size) + c, (token < num_tokens) & (c < size)
         gate = tl.load(at, mask=inside, other=0.0)
         up = tl.load(at + size, mask=inside, other=0.0)
-        if loop > 0:
+        if LOOPS > 1:
             gates = _factors(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
             ups = _factors(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
-        more = _delta(to_gate, gates, b, c, c < size, s, token_slots, blocks, count, token * M, 0,
+        more = _delta(to_gate, gates, b, c, c < size, s, token_slots, blocks, count, token, 0,
                       rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
         gate = gate.to(tl.float32) + more
-        more = _delta(to_up, ups, b, size + c, c < size, s, token_slots, blocks, count, token * M, PARTS - 1,
+        more = _delta(to_up, ups, b, size + c, c < size, s, token_slots, blocks, count, token, PARTS - 1,
                       rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
         result = gated(gate, up.to(tl.float32) + more)
         tl.store(out + token.to(tl.int64) * size + c, result.to(out.dtype.element_ty), mask=inside)
@@ -169,23 +176,23 @@ def rotate_kernel(
     at = first * DIM + column
     lows = _factors(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
     highs = _factors(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
+    rows, ranks = _places(token_slots, blocks, count, 0, token, part, rank_stride, M, PARTS, RANKS)
     wait(PDL)
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=0)
     cos, sin = load_angles(cos_ptr, sin_ptr, token.to(tl.int64), column, inside & (first < HEADS + KV_HEADS), DIM)
-    shrunk = _shrunk(s, token_slots, blocks, count, 0, token * M, part, rank_stride, split_stride,
-                     M, PARTS, SPLITS, RANKS, FACTOR)  # fmt: skip
+    shrunk = _shrunk(s, rows, ranks, split_stride, SPLITS, FACTOR)
     for loop in range(LOOPS):
         head = first + loop
         at = head * DIM + column
         low = tl.load(y + token.to(tl.int64) * ROW + at, mask=inside, other=0.0)
         high = tl.load(y + token.to(tl.int64) * ROW + at + HALF, mask=inside, other=0.0)
-        if loop > 0:
+        if LOOPS > 1:
             lows = _factors(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
             highs = _factors(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
-        more = _delta(shrunk, lows, b, at, half, s, token_slots, blocks, count, token * M, part,
+        more = _delta(shrunk, lows, b, at, half, s, token_slots, blocks, count, token, part,
                       rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
         low = low.to(tl.float32) + more
-        more = _delta(shrunk, highs, b, at + HALF, half, s, token_slots, blocks, count, token * M, part,
+        more = _delta(shrunk, highs, b, at + HALF, half, s, token_slots, blocks, count, token, part,
                       rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
         high = high.to(tl.float32) + more
         is_rotated = head < HEADS + KV_HEADS

@@ -92,7 +92,7 @@ class Shrunk:
         """y [T, out_features] += Δ, in place."""
         assert y.shape == (self.num_tokens, self.b.shape[1]) and y.stride(1) == 1, (y.shape, y.stride(), self.b.shape)
         assert y.dtype == self.dtype and self.num_tokens * y.stride(0) < 2**31, (y.dtype, y.stride())
-        columns, loops, constants = self._constants("add", overlaps(y))
+        columns, loops, constants = _column_constants(self._traits(overlaps(y)))
         tiles, widths = self.tiles, (*self.widths, 0, 0, 0)[:MAX_PARTS]
         blocks = sum([-(-width // (columns * loops)) for width in self.widths])
         add_kernel[(blocks, tiles.blocks.shape[0])](
@@ -107,7 +107,7 @@ class Shrunk:
         assert gate_up.is_contiguous() and gate_up.dtype == self.dtype, (gate_up.stride(), gate_up.dtype)
         assert self.widths in ((size, size), (2 * size,)) and tokens == self.num_tokens, (self.widths, gate_up.shape)
         out = gate_up.new_empty(tokens, size)
-        columns, loops, constants = self._constants("silu", overlaps(gate_up))
+        columns, loops, constants = _column_constants(self._traits(overlaps(gate_up)))
         tiles = self.tiles
         silu_kernel[(-(-size // (columns * loops)), tiles.blocks.shape[0])](
             gate_up, self.b, self.s, out, tiles.token_slots, tiles.counts, tiles.blocks,
@@ -141,9 +141,6 @@ class Shrunk:
             self.dtype, pdl,
         )  # fmt: skip
 
-    def _constants(self, kind: str, pdl: bool) -> tuple[int, int, Mapping[str, object]]:
-        return _column_constants(self._traits(pdl), kind)
-
 
 class _Traits(NamedTuple):
     """What the constants of a second half depend on."""
@@ -158,23 +155,26 @@ class _Traits(NamedTuple):
     pdl: bool
 
 
-def _common_constants(traits: _Traits) -> dict[str, object]:
-    """Ranks at once: of a prefill as many as its adapters can have, of a decode, whose tiles use many, 64."""
-    ranks = min(64, triton.next_power_of_2(traits.rank_stride)) if traits.num_tokens > FEW_TOKENS else 64
-    wide = _FACTORS[traits.dtype] == tl.float32
+def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
+    """Ranks at once: a prompt's tile seldom has more than one adapter's."""
+    ranks = 32
+    if traits.num_tokens > FEW_TOKENS:
+        most = most_ranks if _FACTORS[traits.dtype] == tl.bfloat16 else 32
+        ranks = min(most, triton.next_power_of_2(traits.rank_stride))
     return {
         "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "SPLITS": traits.splits,
-        "RANKS": min(ranks, 32) if wide else ranks, "FACTOR": _FACTORS[traits.dtype],
-        "PRECISION": _PRECISIONS[traits.dtype], "PDL": traits.pdl, "num_warps": 4, "launch_pdl": traits.pdl,
+        "RANKS": ranks, "FACTOR": _FACTORS[traits.dtype], "PRECISION": _PRECISIONS[traits.dtype],
+        "PDL": traits.pdl, "num_warps": 4 if traits.tile < 64 else 8, "launch_pdl": traits.pdl,
     }  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _column_constants(traits: _Traits, kind: str) -> tuple[int, int, Mapping[str, object]]:
+def _column_constants(traits: _Traits) -> tuple[int, int, Mapping[str, object]]:
     """(columns at once, how often in a program, the kernel's constants)."""
-    columns = 128 if kind == "add" else 64
-    loops = 1 if traits.num_tokens <= FEW_TOKENS else 4
-    return columns, loops, _common_constants(traits) | {"COLUMNS": columns, "LOOPS": loops}
+    if traits.num_tokens <= FEW_TOKENS:
+        return 64, 1, _common_constants(traits, 32) | {"COLUMNS": 64, "LOOPS": 1}
+    # Registers for two programs on a multiprocessor: one reads while the other multiplies.
+    return 64, 4, _common_constants(traits, 64) | {"COLUMNS": 64, "LOOPS": 4, "maxnreg": 128}
 
 
 @lru_cache(maxsize=1024)
@@ -188,7 +188,7 @@ def _rotate_constants(
         loops //= 2
     block = max(16, triton.next_power_of_2(head_dim // 2))
     own = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": head_dim, "BLOCK": block, "LOOPS": loops}
-    return loops, _common_constants(traits) | own
+    return loops, _common_constants(traits, 32) | own
 
 
 @dataclass(frozen=True, slots=True, eq=False)

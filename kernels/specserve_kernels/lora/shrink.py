@@ -28,7 +28,7 @@ from specserve_kernels.lora.tiles import LoraTiles, tile_size
 FEW_TOKENS = 256
 """Up to so many tokens reading A is what takes time, beyond it is reading x."""
 _PROGRAMS = 264  # two a multiprocessor
-_SPLITS_OF_MANY = 8
+_USERS = tl.constexpr(16)  # tokens that are multiplied together: the least that the tensor cores take
 
 
 class ShrinkCut(NamedTuple):
@@ -43,25 +43,26 @@ class ShrinkCut(NamedTuple):
 @lru_cache(maxsize=1024)
 def shrink_cut(num_tokens: int, in_features: int, parts: int, per_row: int, most_blocks: int, dtype: torch.dtype,
                pdl: bool) -> ShrinkCut:  # fmt: skip
-    """Few tokens: splits of 512 to 2048 features, in flight all at once. Many: enough splits to fill the device."""
+    """Few tokens: splits of 512 or 1024 features, in flight all at once. Many: enough splits to fill the device."""
     tile, wide = tile_size(num_tokens), dtype == torch.float32
     num_tiles, precision = triton.cdiv(num_tokens, tile), "ieee" if wide else "tf32"
-    few = num_tokens <= FEW_TOKENS
     common = {"M": per_row, "MP": triton.next_power_of_2(per_row), "TILE": tile, "PARTS": parts}
-    common |= {"PRECISION": precision, "PDL": pdl, "num_warps": 4, "launch_pdl": pdl}
-    if few:
+    common |= {"PRECISION": precision, "PDL": pdl, "launch_pdl": pdl}
+    if num_tokens <= FEW_TOKENS:
+        warps = 4 if num_tokens <= 32 else 8
         depth = 32 if wide else 128 if in_features > 256 else 64
-        chunks = triton.cdiv(in_features, 4 * depth * 8)  # at most 8 splits
-        splits = triton.cdiv(in_features, 4 * depth * chunks)
-        programs = min(most_blocks * parts * splits, max(_PROGRAMS // num_tiles, 32))
-        return ShrinkCut(True, programs, splits, common | {"SPLITS": splits, "DEPTH": depth, "CHUNKS": chunks})
+        most = 16 if num_tokens <= 32 else 8
+        chunks = triton.cdiv(in_features, warps * depth * most)
+        splits = triton.cdiv(in_features, warps * depth * chunks)
+        programs = min(most_blocks * parts * splits, max(_PROGRAMS // num_tiles, 64))
+        own = {"SPLITS": splits, "DEPTH": depth, "CHUNKS": chunks, "WARPS": warps, "num_warps": warps}
+        return ShrinkCut(True, programs, splits, common | own)
     depth = 32 if wide else 64
-    splits = min(_SPLITS_OF_MANY, max(1, _PROGRAMS // num_tiles), max(1, in_features // 256))
+    splits = min(8, max(1, _PROGRAMS // num_tiles), max(1, in_features // 256))
     span = triton.cdiv(triton.cdiv(in_features, splits), depth) * depth
-    groups = triton.cdiv(most_blocks * parts, 4)
-    return ShrinkCut(
-        False, min(groups, 4) * splits, splits, common | {"SPLITS": splits, "SPAN": span, "DEPTH": depth, "STAGES": 4}
-    )
+    programs = min(triton.cdiv(most_blocks * parts, 4), 4) * splits
+    own = {"SPLITS": splits, "SPAN": span, "DEPTH": depth, "STAGES": 4, "num_warps": 4}
+    return ShrinkCut(False, programs, splits, common | own)
 
 
 def shrink(x: Tensor, a: Tensor, s: Tensor, rank_stride: int, tiles: LoraTiles, cut: ShrinkCut) -> None:
@@ -75,17 +76,6 @@ def shrink(x: Tensor, a: Tensor, s: Tensor, rank_stride: int, tiles: LoraTiles, 
 
 
 @triton.jit
-def place_of(token_slots, token_weights, place, slot, M: tl.constexpr):
-    """At which of the M places that begin at `place` stands `slot`, -1: at none; and what it weighs there."""
-    at, weight = -1, 0.0
-    for m in tl.static_range(M):
-        hit = tl.load(token_slots + place + m, mask=place >= 0, other=-1) == slot
-        at = tl.where(hit, m, at)
-        weight = tl.where(hit, tl.load(token_weights + place + m, mask=place >= 0, other=0.0), weight)
-    return at, weight
-
-
-@triton.jit
 def _rows_of_a(a, code, part, r, rank_stride, in_features, PARTS: tl.constexpr):
     """Pointers to rank row r of a block, and whether the adapter has it."""
     first = ((code >> 16).to(tl.int64) * PARTS + part) * rank_stride + ((code >> 8) & 255) * 16
@@ -94,27 +84,47 @@ def _rows_of_a(a, code, part, r, rank_stride, in_features, PARTS: tl.constexpr):
 
 @triton.jit
 def _unit(blocks, item, items, a, r, rank_stride, in_features, PARTS: tl.constexpr, SPLITS: tl.constexpr):
-    """Item `item`: the code of its block, its part, its split, its rows of A; of none beyond the last one."""
+    """Item `item`: its slot, the first of its numbers in a row of s, its split, its rows of A; of none beyond the last
+    item slot -2."""
     unit = item // SPLITS
-    code = tl.load(blocks + unit // PARTS, mask=item < items, other=0)
+    code = tl.load(blocks + unit // PARTS, mask=item < items, other=-512)
     rows, live = _rows_of_a(a, code, unit % PARTS, r, rank_stride, in_features, PARTS)
-    return code, unit % PARTS, item % SPLITS, rows, live
+    first = unit % PARTS * rank_stride + ((code >> 8) & 255) * 16
+    return tl.where(item < items, code >> 16, -2), first, item % SPLITS, rows, live & (item < items)
 
 
 @triton.jit
-def _users(token_slots, slot, tile, chunk, num_tokens, M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr):
-    """Tokens chunk * 16 … of those in the tile that have `slot`, -1 where there are no more; and how many there are."""
+def _load_a(rows, live, at, in_features):
+    """[WARPS, 16, DEPTH] of A."""
+    return tl.load(rows[None, :, None] + at, mask=live[None, :, None] & (at < in_features), other=0.0)
+
+
+@triton.jit
+def _load_x(x, token, x_stride, at, in_features):
+    """[WARPS, users, DEPTH] of x."""
+    rows = x + token.to(tl.int64) * x_stride
+    return tl.load(rows[None, :, None] + at, mask=(token >= 0)[None, :, None] & (at < in_features), other=0.0)
+
+
+@triton.jit
+def _users(token_slots, token_weights, slot, tile, chunk, M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr):
+    """Of the tokens of a tile that have `slot` the chunk-th 16: [16], -1 where there are no more; their places of it
+    [16, 1] in [N * tile * M], -1 for none, and weights; and how many there are in all, if more are to come."""
     token = tile * TILE + tl.arange(0, TILE)
     m = tl.arange(0, MP)[None, :]
-    slots = tl.load(token_slots + token[:, None] * M + m, mask=m < M, other=-1)
-    has = tl.max((slots == slot).to(tl.int32), 1)
-    if TILE == 16:
-        users = tl.where(has > 0, token, -1)
+    if TILE == _USERS:
+        user, count = token, 0
     else:
-        order = tl.where(has > 0, tl.cumsum(has, 0) - 1, -1)
-        found = order[None, :] == chunk * 16 + tl.arange(0, 16)[:, None]
-        users = tl.max(tl.where(found, token[None, :], -1), 1)
-    return users, tl.where(tl.sum(has, 0) > 0, TILE if TILE == 16 else tl.sum(has, 0), 0)
+        slots = tl.load(token_slots + token[:, None] * M + m, mask=m < M, other=-1)
+        has = tl.max((slots == slot).to(tl.int32), 1)
+        order, count = tl.where(has > 0, tl.cumsum(has, 0) - 1, -1), tl.sum(has, 0)
+        found = order[None, :] == chunk * _USERS + tl.arange(0, _USERS)[:, None]
+        user = tl.max(tl.where(found, token[None, :], -1), 1)
+    inside = (user >= 0)[:, None] & (m < M)
+    hit = tl.load(token_slots + user[:, None] * M + m, mask=inside, other=-1) == slot
+    weight = tl.load(token_weights + user[:, None] * M + m, mask=inside & hit, other=0.0)
+    place = tl.max(tl.where(hit, user[:, None] * M + m, -1), 1)
+    return tl.where(place >= 0, user, -1), place[:, None], tl.sum(weight, 1)[:, None], count
 
 
 @triton.jit
@@ -129,48 +139,48 @@ def _shrink_few_kernel(
     x, a, s, token_slots, token_weights, counts, blocks,
     num_tokens, in_features, rank_stride, x_stride, split_stride, most,
     M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """An item is a unit and one split of 4 * DEPTH * CHUNKS features, of which each of four warps multiplies a quarter.
+    """An item is a unit and one split of WARPS * DEPTH * CHUNKS features: each warp multiplies its own.
 
-    16 users of its slot at once: a decode has few of them in a tile. A's part is loaded one item ahead.
+    Only users of its slot are multiplied, of which a tile of a decode has few. A is loaded one item ahead.
     """
+    SPAN: tl.constexpr = WARPS * DEPTH
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile, item = tl.program_id(1), tl.program_id(0)
     blocks += tile * most
     items = tl.load(counts + tile) * (PARTS * SPLITS)
     r = tl.arange(0, 16)
-    i = tl.arange(0, 4)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
-    code, part, split, rows, live = _unit(blocks, item, items, a, r, rank_stride, in_features, PARTS, SPLITS)
-    at = split * (4 * DEPTH * CHUNKS) + i
-    a_tile = tl.load(rows[None, :, None] + at, mask=live[None, :, None] & (at < in_features), other=0.0)
+    i = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
+    slot, first, split, rows, live = _unit(blocks, item, items, a, r, rank_stride, in_features, PARTS, SPLITS)
+    a_tile = _load_a(rows, live, split * (SPAN * CHUNKS) + i, in_features)
+    token, place, weight, users = _users(token_slots, token_weights, slot, tile, 0, M, MP, TILE)
     if PDL:
         _wait_if((item < items) | (item == 0))  # one at least: a kernel must not end before those in front of it have
     while item < items:
-        first = ((code >> 8) & 255) * 16
-        chunk, users = 0, 1
-        while chunk * 16 < users:
-            token, users = _users(token_slots, code >> 16, tile, chunk, num_tokens, M, MP, TILE)
-            x_rows = x + token.to(tl.int64) * x_stride
-            has = (token >= 0)[None, :, None]
-            x_tile = tl.load(x_rows[None, :, None] + at, mask=has & (at < in_features), other=0.0)
-            product = tl.dot(x_tile, tl.permute(a_tile, (0, 2, 1)), input_precision=PRECISION)
-            for later in range(1, CHUNKS):
-                next_at = at + later * (4 * DEPTH)
-                x_tile = tl.load(x_rows[None, :, None] + next_at, mask=has & (next_at < in_features), other=0.0)
-                mask = live[None, :, None] & (next_at < in_features)
-                more = tl.load(rows[None, :, None] + next_at, mask=mask, other=0.0)
-                product = tl.dot(x_tile, tl.permute(more, (0, 2, 1)), product, input_precision=PRECISION)
-            place = tl.where(token >= 0, token * M, -1)[:, None]
-            m, weight = place_of(token_slots, token_weights, place, code >> 16, M)
-            s_rows = s + split * split_stride + ((place + m) * PARTS + part) * rank_stride + first
-            tl.store(s_rows + r[None, :], tl.sum(product, 0) * weight, mask=(m >= 0) & (r >= 0)[None, :])
-            chunk += 1
+        at = split * (SPAN * CHUNKS) + i
+        x_tile = _load_x(x, token, x_stride, at, in_features)
         item += tl.num_programs(0)
-        code, part, split, rows, live = _unit(blocks, item, items, a, r, rank_stride, in_features, PARTS, SPLITS)
-        at = split * (4 * DEPTH * CHUNKS) + i
-        a_tile = tl.load(rows[None, :, None] + at, mask=live[None, :, None] & (at < in_features), other=0.0)
+        next_slot, next_first, next_split, next_rows, next_live = _unit(
+            blocks, item, items, a, r, rank_stride, in_features, PARTS, SPLITS
+        )
+        next_a = _load_a(next_rows, next_live, next_split * (SPAN * CHUNKS) + i, in_features)
+        chunk, users = 0, tl.maximum(users, 1)
+        while chunk * _USERS < users:
+            if chunk > 0:
+                token, place, weight, _ = _users(token_slots, token_weights, slot, tile, chunk, M, MP, TILE)
+                x_tile = _load_x(x, token, x_stride, at, in_features)
+            product = tl.dot(x_tile, tl.permute(a_tile, (0, 2, 1)), input_precision=PRECISION)
+            for later in tl.range(1, CHUNKS, num_stages=1):
+                x_tile = _load_x(x, token, x_stride, at + later * SPAN, in_features)
+                more = _load_a(rows, live, at + later * SPAN, in_features)
+                product = tl.dot(x_tile, tl.permute(more, (0, 2, 1)), product, input_precision=PRECISION)
+            s_rows = s + split * split_stride + place * (PARTS * rank_stride) + first
+            tl.store(s_rows + r[None, :], tl.sum(product, 0) * weight, mask=(place >= 0) & (r >= 0)[None, :])
+            chunk += 1
+        slot, first, split, rows, live, a_tile = next_slot, next_first, next_split, next_rows, next_live, next_a
+        token, place, weight, users = _users(token_slots, token_weights, slot, tile, 0, M, MP, TILE)
 
 
 @relaunched
@@ -203,9 +213,10 @@ def _shrink_many_kernel(
             a_mask = live[:, None] & (i < in_features)[None, :]
             a_tile = tl.load(a_rows[:, None] + i[None, :], mask=a_mask, other=0.0)
             product = tl.dot(x_tile, tl.trans(a_tile), product, input_precision=PRECISION)
-        place = token[:, None] * M
-        m, weight = place_of(token_slots, token_weights, place, tl.where(unit < units, code >> 16, -2)[None, :], M)
-        rank = ((code >> 8) & 255) * 16 + lane % 16
-        s_rows = s + split * split_stride + (place + m) * (PARTS * rank_stride)
-        tl.store(s_rows + ((unit % PARTS) * rank_stride + rank)[None, :], product * weight, mask=m >= 0)
+        first = unit % PARTS * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
+        for m in tl.static_range(M):
+            place, slot = token[:, None] * M + m, tl.where(unit < units, code >> 16, -2)[None, :]
+            to = s + split * split_stride + place * (PARTS * rank_stride) + first[None, :]
+            weight = tl.load(token_weights + place)
+            tl.store(to, product * weight, mask=tl.load(token_slots + place) == slot)
         item += tl.num_programs(0)
