@@ -183,6 +183,20 @@ async def test_refused_before_anything_is_queued(
     assert not engine.live
 
 
+async def test_a_full_house_refuses_the_flood_alone(start: StartEngine, tiny: Path) -> None:
+    engine = await start(max_num_seqs=4, max_waiting=4, loras=(("one", str(tiny / "adapters" / "one")),))
+    flood = await engine.submit([PROMPT] * 8, FOREVER)
+    beside = await engine.submit([PROMPT] * 4, GREEDY, lora=[LoraRef("one")])
+    for prompts, lora in (([PROMPT], []), ([PROMPT], [LoraRef("one")])):
+        with pytest.raises(OverloadedError, match="whose share is 4"):
+            await engine.submit(prompts, GREEDY, lora=lora)
+    assert len(await collect(beside)) == 4
+    async with flood:
+        pass
+    assert not engine.live
+    assert len(await collect(await engine.submit([PROMPT] * 8, GREEDY))) == 8
+
+
 async def test_an_integer_of_any_size_does_not_reach_the_wire(start: StartEngine) -> None:
     engine = await start()
     params = msgspec.structs.replace(GREEDY, top_k=10**30)

@@ -12,7 +12,8 @@ import msgspec
 
 from specserve.config import EngineConfig, resolve_paths
 from specserve.core.checks import check_tokens
-from specserve.core.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from specserve.core.errors import EngineDeadError, InvalidRequestError
+from specserve.core.flows import flow_key
 from specserve.core.messages import (
     AbortRequests,
     AdapterInfo,
@@ -26,6 +27,7 @@ from specserve.core.messages import (
 )
 from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
+from specserve.engine.client.admission import Admission
 from specserve.engine.client.generation import Delta, Generation, Sequence, begin_sequence
 from specserve.engine.client.launch import ENGINE_CORE
 from specserve.engine.client.recorder import NoRecorder, Recorder, account, note_tokens
@@ -56,6 +58,7 @@ class AsyncEngine:
         self._recorder = recorder or NoRecorder()
         self._supervisor = Supervisor(config, core, self._on_outputs, self._on_death)
         self._live: dict[str, tuple[Sequence, Generation]] = {}
+        self._admission = Admission(config.max_num_seqs + config.max_waiting)
         self._ids = itertools.count()
         self._seeds = SeedSource(config.seed)
         self._threads = ThreadPoolExecutor(1, "specserve-tokenize")
@@ -134,7 +137,7 @@ class AsyncEngine:
         """
         params.validate(self.ready.vocab_size)
         check_lora(lora, self.adapters, self.config.max_adapters_per_request)
-        self._check_load(len(prompts) * params.n)
+        self._check_load(lora, len(prompts) * params.n)
         if output_ids and (len(prompts) != 1 or params.n != 1):
             raise InvalidRequestError("output_ids resumes one prompt with n = 1.", param="output_ids")
         seed = self._seeds.next() if params.seed is None else params.seed
@@ -194,21 +197,20 @@ class AsyncEngine:
             ]
         )
 
-    def _check_load(self, num_new: int) -> None:
+    def _check_load(self, lora: Seq[LoraRef], num_new: int) -> None:
         if not self.alive:
             raise EngineDeadError("The engine is being restarted; try again shortly.")
-        limit = self.config.max_num_seqs + self.config.max_waiting
-        if len(self._live) + num_new > limit:
-            raise OverloadedError(
-                f"{len(self._live)} sequences are running or waiting; at most {limit} may. Try later."
-            )
+        self._admission.check(flow_key(lora), num_new)
 
     def _launch(self, sequences: list[Sequence]) -> Generation:
+        """All of one call, so on the same adapters."""
         generation = Generation(sequences, self._abort)
-        self._check_load(len(sequences))  # again: tokenising may have let others in, or the engine die
+        lora = sequences[0].request.lora if sequences else ()
+        self._check_load(lora, len(sequences))  # again: tokenising may have let others in, or the engine die
         for sequence in sequences:
             self._supervisor.send(sequence.request)
             self._live[sequence.request.request_id] = sequence, generation
+            self._admission.enter(flow_key(lora))
         return generation
 
     def _abort(self, sequences: list[Sequence]) -> None:
@@ -265,5 +267,6 @@ class AsyncEngine:
         """Forget a sequence, once, however it ended."""
         if self._live.pop(sequence.request.request_id, None) is None:
             return
+        self._admission.leave(flow_key(sequence.request.lora))
         sequence.finish_reason = reason
         self._recorder.finished(account(sequence, reason))
