@@ -137,11 +137,11 @@ def adapters_in(folder: str) -> list[tuple[str, str]]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidRequestError(f"The folder {folder!r} cannot be listed: {reason}.", param="lora_dirs") from error
-    if _is_adapter(folder):
+    if missing_file(folder) is None:
         raise InvalidRequestError(
             f"{folder!r} is itself an adapter, not a folder of adapters: name it as NAME=PATH.", param="lora_dirs"
         )
-    bad = [name for name, path in found if not _is_adapter(path)]
+    bad = [name for name, path in found if missing_file(path) is not None]
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise InvalidRequestError(
@@ -152,8 +152,9 @@ def adapters_in(folder: str) -> list[tuple[str, str]]:
     return found
 
 
-def _is_adapter(folder: str) -> bool:
-    return all(os.path.isfile(os.path.join(folder, file)) for file in ADAPTER_FILES)
+def missing_file(folder: str) -> str | None:
+    """The first file that an adapter's folder lacks."""
+    return next((file for file in ADAPTER_FILES if not os.path.isfile(os.path.join(folder, file))), None)
 
 
 def host_lora_bytes(config: EngineConfig) -> int:

@@ -12,7 +12,7 @@ from collections import Counter
 import msgspec
 
 from specserve.cli.flags import ENGINE_HELP, SERVER_HELP, add_flags, from_flags, name_and_path
-from specserve.config import DEMO_ROOT, EngineConfig, environment_api_key, resolve_paths
+from specserve.config import DEMO_ROOT, EngineConfig, environment_api_key, missing_file, resolve_paths
 from specserve.core.errors import InvalidRequestError, SpecserveError
 from specserve.server.adapters import check_name
 from specserve.server.options import ServerConfig
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         engine, server = configs(args)
+        _check_folders(engine)
         print(describe(engine, server), flush=True)
         asyncio.run(serve(engine, server, on_ready=lambda url: print(f"Ready: {url}", flush=True)))
     except (SpecserveError, PortInUseError) as error:
@@ -87,6 +88,14 @@ def _check(engine: EngineConfig, server: ServerConfig) -> None:
     for root in server.adapter_root:
         if not os.path.isdir(root):
             raise InvalidRequestError(f"--adapter-root {root!r} is no folder.", param="adapter_root")
+
+
+def _check_folders(engine: EngineConfig) -> None:
+    """The engine looks too, but after minutes of loading the model."""
+    for name, path in engine.loras:
+        missing = missing_file(path)
+        if missing is not None:
+            raise InvalidRequestError(f"Adapter {name!r}: {path} has no {missing}.", param="loras")
 
 
 def describe(engine: EngineConfig, server: ServerConfig) -> str:
