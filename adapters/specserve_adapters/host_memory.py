@@ -36,19 +36,23 @@ def _page_locked(size: int) -> Tensor:
 
 
 class HostMemory:
-    """Room for adapters of `max_bytes` together, page-locked with `pin`. May be called from several threads."""
+    """Room for adapters of `max_bytes` together and for those that are being read, page-locked with `pin`.
+
+    May be called from several threads.
+    """
 
     def __init__(
         self,
         max_bytes: int,
         *,
         pin: bool,
-        piece_bytes: int = PIECE_BYTES,
+        piece_bytes: int | None = None,
         allocate: Callable[[int], Tensor] = _page_locked,
     ) -> None:
+        small = 1 << max(20, (max_bytes - 1).bit_length())
         self._pin = pin
-        self._piece_bytes = piece_bytes
-        self._max_pieces = -(-max_bytes // piece_bytes)
+        self._piece_bytes = piece_bytes = piece_bytes or min(PIECE_BYTES, small)
+        self._max_pieces = -(-max_bytes // piece_bytes) + 1  # that one for what is read before something else goes
         self._allocate = allocate
         self._pieces: list[Tensor] = []
         self._gaps: list[list[tuple[int, int]]] = []  # of each piece: (start, size), in order, never two adjacent

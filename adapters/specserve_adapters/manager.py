@@ -64,7 +64,7 @@ class AdapterManager:
         clock: Callable[[], float] = time.time,
     ) -> None:
         helpers = make_helpers(READ_HELPERS)  # they end when the last read lets go of them
-        memory = HostMemory(max_host_bytes if num_slots else 0, pin=pin_memory)
+        memory = HostMemory(max_host_bytes, pin=pin_memory and num_slots > 0)
         self._settings = settings = ReadSettings(
             target_specs, draft_specs, max_rank, max_host_bytes, dtype, draft_dtype, memory, helpers
         )

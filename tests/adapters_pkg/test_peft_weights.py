@@ -99,7 +99,7 @@ def test_helpers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_memory_comes_back(tmp_path: Path) -> None:
     """From adapters that die and from reads that fail."""
     memory = HostMemory(
-        1 << 16, pin=True, piece_bytes=1 << 14, allocate=lambda size: torch.zeros(size, dtype=torch.uint8)
+        3 << 14, pin=True, piece_bytes=1 << 14, allocate=lambda size: torch.zeros(size, dtype=torch.uint8)
     )
     free = memory.free_bytes()
     assert free == 1 << 16
