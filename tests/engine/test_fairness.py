@@ -1,4 +1,5 @@
-"""Who gets a step's tokens: nobody's drafts take a neighbour's token or keep a prompt out."""
+"""Who gets a step's tokens: nobody's drafts take a neighbour's token or keep a prompt out, no adapter's flood keeps
+another's requests waiting."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from lawbook.fakes import fakes
-from specserve.core.messages import AddRequest
+from specserve.core.messages import AddRequest, LoraRef
 from specserve.core.sampling_params import NO_SPECULATION, SamplingParams, SpeculationParams
 from specserve.llm import LLM
 
@@ -93,3 +94,35 @@ def test_load_turns_drafting_off_and_its_end_on_again(open_llm: Open) -> None:
     assert outputs[23].speculation.drafted > 0, "alone at the end, after a catch-up, it drafts"
     off = [replace(ask, speculation=NO_SPECULATION) for ask in asks]
     assert [o.token_ids for o in llm.generate(prompts, off)] == [o.token_ids for o in outputs]
+
+
+def test_a_flood_on_one_adapter_does_not_hold_up_another(open_llm: Open) -> None:
+    """Five requests that come behind 200 take no more steps than alone on half the rows, once one is free."""
+    answer = 8
+
+    def ask(llm: LLM, name: str, adapter: str) -> None:
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=answer, speculation=NO_SPECULATION)
+        lora = (LoraRef(adapter),)
+        llm.engine.add_request(AddRequest(request_id=name, prompt_ids=[3, 4, 5], params=params, seed=0, lora=lora))
+
+    def steps_until_served(llm: LLM) -> int:
+        for name in few:
+            ask(llm, name, "a1")
+        for count in range(1000):
+            if not few & llm.engine.scheduler.requests.keys():
+                return count
+            llm.engine.step()
+        raise AssertionError("they were never served")
+
+    few = {f"few {index}" for index in range(5)}
+    half, whole = open_llm(max_num_seqs=2), open_llm(max_num_seqs=4)
+    for llm in (half, whole):  # both adapters in host memory
+        for adapter in ("a0", "a1"):
+            llm.generate([[3, 4, 5]], SamplingParams(max_tokens=1), lora=[adapter])
+    bound = steps_until_served(half)
+    for index in range(200):
+        ask(whole, str(index), "a0")
+    for _ in range(2 * answer):
+        whole.engine.step()
+    assert steps_until_served(whole) <= bound + answer + 2
+    assert len(whole.engine.scheduler.requests) > 150
