@@ -151,15 +151,17 @@ class Catalogue:
             )
 
 
-def adapter_info(record: NameRecord, slot: int | None) -> AdapterInfo:
-    """What the API lists; `slot` is the device slot of the current version, if it has one."""
+def adapter_info(record: NameRecord, slot: int | None, *, live: bool) -> AdapterInfo:
+    """What the API lists; `slot` is the device slot of the current version, if it has one, `live` once it is copied."""
     loaded = record.current is not None and record.current.loaded
+    reading = record.current is not None and record.current.reading
     return AdapterInfo(
         name=record.name,
         path=str(record.source.path),
         version=record.version,
-        tier="device" if slot is not None else "host" if loaded else "disk",
-        slot=slot,
+        tier="device" if live else "host" if loaded else "disk",
+        state="reading" if reading else "loading" if slot is not None and not live else None,
+        slot=slot if live else None,
         rank=record.rank,
         num_bytes=record.num_bytes,
         weight=record.weight,

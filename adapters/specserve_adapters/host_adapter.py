@@ -11,7 +11,6 @@ from torch import Tensor
 from specserve_adapters.spec import LinearSpec, ModuleKey
 
 Factors = Mapping[ModuleKey, tuple[Tensor, Tensor]]
-RANK_BLOCK = 16  # kernels take ranks in blocks of so many
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -20,7 +20,9 @@ class Intake:
         self._library = library
         self._names = library.names
         self._live = live
-        self.queue: ReadQueue[Read] = ReadQueue(lambda job: read(job.source), self._wanted)
+        self.queue: ReadQueue[Read] = ReadQueue(
+            lambda job: read(job.source), self._wanted, name=lambda job: job.source.name
+        )
         self._loading: list[LoadTicket] = []
         self._finished: list[LoadTicket] = []
         self._no_room: tuple[Read, ...] = ()  # finished reads; the last of them has found no room

@@ -48,7 +48,7 @@ class Library:
         """What the API lists of a name."""
         version = record.current.version if record.current is not None else ""
         slots = self.tiers.slots
-        return adapter_info(record, slots.slot_of(version) if slots.is_live(version) else None)
+        return adapter_info(record, slots.slot_of(version), live=slots.is_live(version))
 
     def changed(self) -> tuple[list[AdapterInfo], list[str]]:
         """What changed since the last call: infos as they are now, and the names that are gone."""

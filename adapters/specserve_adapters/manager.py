@@ -63,7 +63,7 @@ class AdapterManager:
         pin_memory: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        helpers = make_helpers(READ_HELPERS)  # they end when the last read lets go of them
+        helpers = make_helpers(READ_HELPERS)
         memory = HostMemory(max_host_bytes, pin=pin_memory and num_slots > 0)
         self._settings = settings = ReadSettings(
             target_specs, draft_specs, max_rank, max_host_bytes, dtype, draft_dtype, memory, helpers
@@ -314,7 +314,7 @@ class AdapterManager:
 
     def close(self) -> None:
         """End the reading threads."""
-        self._intake.queue.close()
+        self._intake.queue.close(then=lambda: self._settings.helpers.shutdown(wait=False))
 
     # --- helpers -------------------------------------------------------------------------------------------------
 

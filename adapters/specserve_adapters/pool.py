@@ -19,12 +19,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specserve_adapters.host_adapter import RANK_BLOCK, HostAdapter, head_bytes, num_modules, round_up, unpack
+from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, round_up, unpack
 from specserve_adapters.spec import LinearSpec
 from specserve_kernels.dispatch import backend
 from specserve_kernels.lora.batch import Factors, LoraBatch
 from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora
 from specserve_kernels.lora.load import load_slot
+from specserve_kernels.lora.tiles import RANK_BLOCK
 
 RowAdapters = Sequence[tuple[tuple[int, float], ...]]
 _MAX_BATCHES = 8  # a step of speculation repeats a few shapes: the target's, the first draft pass's, the others'

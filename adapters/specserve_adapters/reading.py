@@ -84,14 +84,19 @@ class ReadQueue(Generic[_Job]):
     """Jobs begun in order, a few at once, so that none waits for one slow disk or one large adapter alone. A finished
     one keeps its place until it is popped: at most `READERS` adapters are in memory that the host tier does not hold.
 
-    `wanted` is asked, by the owner's thread, before a job begins; one that nobody wants any more is dropped.
+    `wanted` is asked, by the owner's thread, before a job begins; one that nobody wants any more is dropped. Jobs of
+    the same `name` are told of in the order of their submission, so that of two reloads the later one decides.
     """
 
     def __init__(
-        self, read: Callable[[_Job], StoredAdapter], wanted: Callable[[_Job], bool] = lambda job: True
+        self,
+        read: Callable[[_Job], StoredAdapter],
+        wanted: Callable[[_Job], bool] = lambda job: True,
+        name: Callable[[_Job], object] = lambda job: job,
     ) -> None:
         self._read = read
         self._wanted = wanted
+        self._name = name
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="adapter-reader")
         self._waiting: deque[_Job] = deque()
         self._begun: dict[_Job, Future[StoredAdapter]] = {}
@@ -109,7 +114,14 @@ class ReadQueue(Generic[_Job]):
 
     def finished(self) -> list[tuple[_Job, StoredAdapter | AdapterError]]:
         """The jobs that are finished and what their reads gave, in the order of their submission. Never blocks."""
-        return [(job, _result(future)) for job, future in self._begun.items() if future.done()]
+        finished: list[tuple[_Job, StoredAdapter | AdapterError]] = []
+        under_way: set[object] = set()
+        for job, future in self._begun.items():
+            if self._name(job) in under_way or not future.done():
+                under_way.add(self._name(job))
+            else:
+                finished.append((job, _result(future)))
+        return finished
 
     def pop(self, job: _Job) -> None:
         """Done with a finished job: another may begin."""
@@ -122,9 +134,19 @@ class ReadQueue(Generic[_Job]):
         wait(under_way, timeout)
         return bool(under_way)
 
-    def close(self) -> None:
-        """End the threads after the reads under way."""
+    def close(self, then: Callable[[], None] = lambda: None) -> None:
+        """End the threads after the reads under way, and then do `then`, perhaps more than once."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        begun = list(self._begun.values())
+
+        def ended(_: Future[StoredAdapter]) -> None:
+            if all(future.done() for future in begun):
+                then()
+
+        for future in begun:
+            future.add_done_callback(ended)
+        if not begun:
+            then()
 
     def _begin(self) -> None:
         while self._waiting and len(self._begun) < READERS:

@@ -88,6 +88,40 @@ def test_slots(specs: list[LinearSpec], dtype: torch.dtype, device: torch.device
 
 
 @pytest.mark.usefixtures("triton_pool")
+def test_slots_feed_the_products(device: torch.device) -> None:
+    """What lies in the slots, multiplied, against loops over tokens and modules; a slot loaded anew is seen."""
+    pool = AdapterPool(SPECS, 3, 5, torch.float32, device)
+    full = adapter(SPECS, {"q": 5, "k": 5, "v": 5, "o": 5}, torch.float32, 0)
+    part, other = adapter(SPECS, {"q": 2, "v": 4}, torch.float32, 2), adapter(SPECS, {"o": 1, "k": 3}, torch.float32, 4)
+    token_rows = torch.tensor([1, 0, 1, 2], device=device)
+    row_slots = torch.tensor([[0, -1], [2, 0], [-1, -1]], device=device)
+    row_weights = torch.tensor([[1.0, 0.0], [0.5, -2.0], [3.0, 3.0]], device=device)
+    for first, second in ((full, full), (part, other), (full, part)):
+        pool.load_slot(0, first)
+        pool.load_slot(2, second)
+        both = [(second, 0.5), (first, -2.0)]
+        batch = pool.device_batch(token_rows, row_slots, row_weights)
+        for index, spec in enumerate(SPECS):
+            x, y = randn(4, spec.in_features).to(device), randn(4, spec.out_features, seed=1).to(device)
+            want = by_hand(index, x, y, [both, [(first, 1.0)], both, []])
+            batch.update(index, x).add_to(y)
+            torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+
+
+def by_hand(index: int, x: Tensor, y: Tensor, rows: list[list[tuple[HostAdapter, float]]]) -> Tensor:
+    out = y.double().cpu()
+    for token, row in enumerate(rows):
+        for lora, weight in row:
+            column = 0
+            for key, (_, width) in zip(SPECS[index].keys, SPECS[index].parts, strict=True):
+                if key in lora.factors:
+                    a, b = (factor.double() for factor in lora.factors[key])
+                    out[token, column : column + width] += weight * (b @ (a @ x[token].double().cpu()))
+                column += width
+    return out.to(y)
+
+
+@pytest.mark.usefixtures("triton_pool")
 def test_no_slots(device: torch.device) -> None:
     assert AdapterPool(SPECS, 0, 16, torch.float32, device).slot_ranks.shape == (0,)
 
