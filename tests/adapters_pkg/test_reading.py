@@ -61,3 +61,40 @@ def test_one_slow_read_holds_up_nobody_else() -> None:
     assert begun == ["slow", "one", "two"]
     assert queue.reads == 3
     queue.close()
+
+
+def test_reads_of_one_name_are_told_of_in_their_order() -> None:
+    """Of two reloads under way the later one decides, whichever is read faster."""
+    slow = threading.Event()
+
+    def read(job: str) -> StoredAdapter:
+        if job == "old":
+            slow.wait(30)
+        raise AdapterError(job)
+
+    queue = ReadQueue(read, name=lambda job: "the same")
+    for job in ("old", "new"):
+        queue.submit(job)
+    while queue.reads < 1:
+        queue.wait(0.01)
+    assert queue.finished() == []
+    slow.set()
+    queue.wait(30)
+    assert [job for job, _ in queue.finished()] == ["old", "new"]
+    queue.close()
+
+
+def test_the_end_comes_after_the_reads_under_way() -> None:
+    go, ended = threading.Event(), threading.Event()
+
+    def read(job: str) -> StoredAdapter:
+        go.wait(30)
+        assert not ended.is_set()
+        raise AdapterError(job)
+
+    queue = ReadQueue(read)
+    queue.submit("last")
+    queue.close(then=ended.set)
+    assert not ended.is_set()
+    go.set()
+    assert ended.wait(30)
