@@ -36,6 +36,7 @@ class Intake:
         """Begin the read of an entry, unless it is loaded, being read, or failed."""
         if not (entry.loaded or entry.reading or entry.error):
             entry.reading = True
+            self._names.touch(entry.record)
             self.queue.submit(Read(entry.source, entry))
 
     def cancel(self, name: str) -> None:
@@ -65,7 +66,9 @@ class Intake:
         if isinstance(purpose, LoadTicket):
             return not purpose.done
         wanted = purpose.refs > 0 or (purpose.record.pinned and self._names.is_current(purpose))
-        purpose.reading = wanted
+        if purpose.reading != wanted:
+            purpose.reading = wanted
+            self._names.touch(purpose.record)
         return wanted
 
     def _settle(self, purpose: Entry | LoadTicket, result: StoredAdapter | AdapterError) -> bool:
@@ -130,6 +133,7 @@ class Intake:
             self._finish(purpose, error)
             return
         purpose.error, purpose.reading = error, False
+        self._names.touch(purpose.record)
         if purpose.record.current is purpose:
             purpose.record.current = None  # so that the next request reads again
 

@@ -226,6 +226,7 @@ class AdapterManager:
             if taken.needs_load:
                 loads.append(AdapterLoad(taken.slot, version))
                 self._begun.append(time.perf_counter())
+                self._names.touch_version(version)
             if taken.evicted is not None:
                 self._names.touch_version(taken.evicted)
         self._live.place(uses)

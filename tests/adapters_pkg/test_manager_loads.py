@@ -27,13 +27,13 @@ def test_a_slot_is_live_when_its_load_ended(manager: Any) -> None:
     assert manager.begin(second) == []  # they share the slot and the wait
     assert not manager.slots_live(first)
     assert not manager.slots_live(second)
-    assert manager.info("a").tier == "host"
+    assert (manager.info("a").tier, manager.info("a").state, manager.info("a").slot) == ("host", "loading", None)
     assert manager.num_loading == 1
     manager.end_loads()
     assert manager.slots_live(first)
     assert manager.slots_live(second)
     assert manager.slots_live(())
-    assert manager.info("a").tier == "device"
+    assert (manager.info("a").tier, manager.info("a").state, manager.info("a").slot) == ("device", None, 0)
     assert manager.num_loading == 0
     manager.finish(first)
     manager.finish(second)

@@ -26,7 +26,9 @@ def test_a_cold_adapter_is_read_on_demand(make: MakeManager, write_adapter: Any,
     assert (manager.info("a").tier, manager.info("a").version) == ("disk", "")
     uses = manager.acquire((LoraRef("a", 0.5),))
     assert not manager.prepare(uses)
+    assert (manager.info("a").tier, manager.info("a").state) == ("disk", "reading")
     manager.drain()
+    assert manager.info("a").state is None
     assert manager.prepare(uses)
     version = hash_adapter(tmp_path / "a", None)
     assert manager.cache_key(uses) == [(version, 0.5)]
