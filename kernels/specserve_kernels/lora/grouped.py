@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl
+from specserve_kernels.lora.fold import STEP, Folded, fold
 from specserve_kernels.lora.expand import MAX_PARTS, add_kernel, rotate_kernel, silu_kernel
 from specserve_kernels.lora.shrink import FEW_TOKENS, shrink, shrink_cut
 from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, lora_tiles
@@ -157,10 +158,11 @@ class _Traits(NamedTuple):
 
 def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
     """Ranks at once: a prompt's tile seldom has more than one adapter's."""
-    ranks = 32
+    wide = _FACTORS[traits.dtype] == tl.float32
+    ranks = 16 if wide and traits.tile < 64 else 32
     if traits.num_tokens > FEW_TOKENS:
-        most = most_ranks if _FACTORS[traits.dtype] == tl.bfloat16 else 32
-        ranks = min(most, triton.next_power_of_2(traits.rank_stride))
+        most = 32 if wide else most_ranks
+        ranks = min(most, power_of_2(traits.rank_stride))
     return {
         "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "SPLITS": traits.splits,
         "RANKS": ranks, "FACTOR": _FACTORS[traits.dtype], "PRECISION": _PRECISIONS[traits.dtype],
@@ -173,8 +175,9 @@ def _column_constants(traits: _Traits) -> tuple[int, int, Mapping[str, object]]:
     """(columns at once, how often in a program, the kernel's constants)."""
     if traits.num_tokens <= FEW_TOKENS:
         return 64, 1, _common_constants(traits, 32) | {"COLUMNS": 64, "LOOPS": 1}
-    # Registers for two programs on a multiprocessor: one reads while the other multiplies.
-    return 64, 4, _common_constants(traits, 64) | {"COLUMNS": 64, "LOOPS": 4, "maxnreg": 128}
+    # Registers for two programs on a multiprocessor, where they suffice: one reads while the other multiplies.
+    few_registers = {"maxnreg": 128} if traits.splits <= 2 else {}
+    return 64, 4, _common_constants(traits, 64) | {"COLUMNS": 64, "LOOPS": 4} | few_registers
 
 
 @lru_cache(maxsize=1024)
@@ -186,7 +189,7 @@ def _rotate_constants(
     loops = 1 if traits.num_tokens <= FEW_TOKENS else 4
     while any(number % loops for number in (kv_heads, *[width // head_dim for width in widths])):
         loops //= 2
-    block = max(16, triton.next_power_of_2(head_dim // 2))
+    block = max(16, power_of_2(head_dim // 2))
     own = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": head_dim, "BLOCK": block, "LOOPS": loops}
     return loops, _common_constants(traits, 32) | own
 
@@ -199,6 +202,15 @@ class GroupedLora:
     rank_stride: int
     tiles: LoraTiles
     num_tokens: int
+    arrivals: Tensor | None  # of `fold`, where one tile holds all tokens
+
+    def fold(self, linear_index: int, x: Tensor) -> Folded:
+        """What the product of linear `linear_index` adds to x Wᵀ, of x as it is now; all tokens in one tile."""
+        a, b, widths = self.linears[linear_index]
+        assert x.shape == (self.num_tokens, a.shape[1]) and x.stride(1) == 1, (x.shape, x.stride(), a.shape)
+        assert x.dtype == a.dtype and self.arrivals is not None, (x.dtype, self.num_tokens)
+        s = fold(x, a, len(widths), self.rank_stride, self.tiles, self.arrivals, overlaps(x))
+        return Folded(s, b, widths, self.rank_stride, self.tiles)
 
     def update(self, linear_index: int, x: Tensor) -> Shrunk:
         """What the adapters add to linear `linear_index` of x [T, in_features]: its first half, of x as it is now."""
@@ -223,4 +235,6 @@ def grouped_lora(
     slot_ranks [S] int64, 0 for an empty slot, none above max_rank; the others as in `lora_tiles`.
     """
     tiles = lora_tiles(token_rows, row_slots, row_weights, slot_ranks, max_rank)
-    return GroupedLora(linears, -(-max_rank // RANK_BLOCK) * RANK_BLOCK, tiles, token_rows.shape[0])
+    num_tiles, most = tiles.blocks.shape
+    arrivals = tiles.blocks.new_zeros(MAX_PARTS * cdiv(most * RANK_BLOCK, STEP) * STEP) if num_tiles == 1 else None
+    return GroupedLora(linears, cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK, tiles, token_rows.shape[0], arrivals)

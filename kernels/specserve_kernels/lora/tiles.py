@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 
 RANK_BLOCK = 16
@@ -58,8 +58,8 @@ def lora_tiles(
     assert token_rows.stride(0) == slot_ranks.stride(0) == row_slots.stride(1) == row_weights.stride(1) == 1
     assert num_slots < 2**15 and max_rank <= 256 * RANK_BLOCK, "a code holds 15 bits of slot and 8 of block"
     tile = tile_size(num_tokens)
-    num_tiles = max(1, triton.cdiv(num_tokens, tile))
-    most = min(num_slots, tile * per_row) * triton.cdiv(max_rank, RANK_BLOCK)
+    num_tiles = max(1, cdiv(num_tokens, tile))
+    most = min(num_slots, tile * per_row) * cdiv(max_rank, RANK_BLOCK)
     token_slots = token_rows.new_empty((num_tiles * tile, per_row), dtype=torch.int32)
     token_weights = row_weights.new_empty((num_tiles * tile, per_row))
     counts = token_rows.new_empty(num_tiles, dtype=torch.int32)
@@ -67,7 +67,7 @@ def lora_tiles(
     _tiles_kernel[(num_tiles,)](
         token_rows, row_slots, row_weights, slot_ranks, token_slots, token_weights, counts, blocks,
         num_tokens, row_slots.stride(0), row_weights.stride(0), num_slots, most,
-        M=per_row, MP=triton.next_power_of_2(per_row), TILE=tile, BINS=max(32, triton.next_power_of_2(num_slots)),
+        M=per_row, MP=power_of_2(per_row), TILE=tile, BINS=max(32, power_of_2(num_slots)),
         num_warps=4,
     )  # fmt: skip
     return LoraTiles(tile, token_slots, token_weights, counts, blocks)
