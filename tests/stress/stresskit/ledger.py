@@ -58,19 +58,22 @@ class Ledger:
         return frozenset([before[-1], *(content for moment, content in written if moment > since)])
 
     def loaded(self, name: str, path: str, since: int) -> None:
-        """A load has ended well; it was asked for at `since`."""
+        """A load has ended well; it was asked for at `since`. Of two, the one asked for last decides."""
         known = self.names.setdefault(name, Name(path, since))
-        known.path, known.since = path, since
+        if since >= known.since:
+            known.path, known.since = path, since
 
     def see(self, info: AdapterInfo) -> str | None:
-        """Note what the engine says of a name: its content if it is in memory. It must be one that can be there."""
+        """Note what the engine says of a name: its content if it is in memory. What was read last, in memory or not,
+        must be something that could be read since the load that decides."""
+        name = self.names[info.name]
+        content = self.contents[info.version]
+        assert info.path == name.path, f"{info} is not from {name.path}"
+        assert content in self.held(name.path, name.since), f"{info} is {content}, which was not there"
+        self.sizes[info.version] = info.num_bytes
         if info.tier == "disk":
             return None
-        name = self.names[info.name]
         name.reading_from = None
-        self.sizes[info.version] = info.num_bytes
-        content = self.contents[info.version]
-        assert content in self.held(name.path, name.since), f"{info.name} means {content}, which nobody put there"
         return content
 
     def means(self, info: AdapterInfo) -> Meaning:

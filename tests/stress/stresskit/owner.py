@@ -18,6 +18,7 @@ class Load:
     path: str
     since: int
     pinned: bool
+    replace: bool
     unloaded: bool = False
 
 
@@ -76,6 +77,17 @@ class Owner:
         if self.ledger.names:
             self._load(self.rng.choice(sorted(self.ledger.names)), other=self.rng.random() < 0.15)
 
+    def hurry(self) -> None:
+        """Two reloads one after the other, and another content in between: the second decides."""
+        name = self.rng.choice(NAMES)
+        old = self.ledger.holds(str(self.paths[name]))
+        if name not in self.ledger.names or old == BROKEN or self._may_be_read(self.paths[name]):
+            return
+        self._load(name)
+        content = self.rng.choice([new for new in CONTENTS if new != old and same_family(new, old)])
+        self._install(self.paths[name], content, weights_only=True)
+        self._load(name)
+
     def load(self) -> None:
         missing = sorted(set(NAMES) - self.ledger.names.keys())
         if missing:
@@ -86,30 +98,31 @@ class Owner:
         pinned = pinned and not self._pins()
         self.ledger.now += 1
         call_id = self.scene.next_id()
-        load = Load(name, path, self.ledger.now, pinned)
+        load = Load(name, path, self.ledger.now, pinned, replace=name in self.ledger.names)
         self.scene.note(f"load {call_id} of {name} from {Path(path).name}{', pinned' * pinned}")
         reply = self.engine.handle(
-            LoadAdapter(call_id=call_id, name=name, path=path, pinned=pinned, replace=name in self.ledger.names)
+            LoadAdapter(call_id=call_id, name=name, path=path, pinned=pinned, replace=load.replace)
         )
         self.loads[call_id] = load
         if reply is not None:
-            self.replied(reply)
+            self.replied([reply])
 
-    def replied(self, reply: Reply) -> None:
-        load = self.loads.pop(reply.call_id)
-        held = self.ledger.held(load.path, load.since)
-        self.scene.note(f"load {reply.call_id} of {load.name} ends: {reply.error or 'well'}")
-        self.scene.counts["reload" if reply.error is None else "failed load"] += 1
-        if reply.error is None:
-            (info,) = reply.adapters
-            self.ledger.loaded(load.name, load.path, load.since)
-            self.ledger.see(info)  # it may be gone from memory already
-            content = self.ledger.contents[info.version]
-            assert content in held, f"{load} gave {content}, not of {held}"
-        elif reply.error.code == "adapter_busy":
-            assert load.unloaded or load.pinned or self._is_pinned(load.name), reply
-        else:
-            assert reply.error.code == "invalid_adapter" and (BROKEN in held or load.name in self.ledger.names), reply
+    def replied(self, replies: list[Reply]) -> None:
+        """Loads have ended: each as it had to, and the names mean what those that were asked for last say."""
+        for reply in replies:
+            load = self.loads.pop(reply.call_id)
+            self.scene.note(f"load {reply.call_id} of {load.name} ends: {reply.error or 'well'}")
+            self.scene.counts["reload" if reply.error is None else "failed load"] += 1
+            broken = BROKEN in self.ledger.held(load.path, load.since)
+            if reply.error is None:
+                assert self.ledger.held(load.path, load.since) != {BROKEN}, load
+                self.ledger.loaded(load.name, load.path, load.since)
+            elif reply.error.code == "adapter_busy":
+                assert load.unloaded or load.pinned or self._is_pinned(load.name), reply
+            else:
+                assert reply.error.code == "invalid_adapter" and (broken or not load.replace), reply
+        for info in (info for reply in replies for info in reply.adapters):
+            self.ledger.see(info)
 
     def unload(self) -> None:
         if self.ledger.names:

@@ -13,6 +13,7 @@ from lawbook.fakes import fakes
 from lawbook.zoo import Zoo
 from specserve.llm import LLM
 from stresskit.contents import MAX_RANK, Library
+from stresskit.late import delay_loads, delay_reads
 from stresskit.round import Round
 from stresskit.scene import Scene
 from stresskit.truth import Judge
@@ -41,6 +42,11 @@ class Stage:
         before = set(threading.enumerate())
         llm = self._open(rng)
         folders = self.root / f"round{seed}"
+        late = rng.random() < 0.6 and self.device == "cpu"
+        if late:
+            delay_loads(llm, rng)
+        if not patient:
+            delay_reads(llm, rng)
         scene = Scene(llm, rng)
         try:
             answers = Round(scene, self.library, folders, patient=patient).play(turns)
@@ -49,7 +55,7 @@ class Stage:
             wrong = self.judge.hear(answers)
             assert not wrong, f"{len(wrong)} of {len(answers)} answers are wrong:\n" + "\n".join(wrong[:5])
         except BaseException as error:
-            error.add_note(f"Round {seed} (patient: {patient}, {turns} turns, {llm.config}); last:")
+            error.add_note(f"Round {seed} (patient: {patient}, late: {late}, {turns} turns, {llm.config}); last:")
             error.add_note("\n".join(scene.log))
             raise
         finally:

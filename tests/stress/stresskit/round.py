@@ -25,7 +25,7 @@ class Round:
         for weight, act in (
             (40, self.crowd.ask), (3, self.crowd.flood), (6, self.crowd.abort), (8, self.owner.rewrite),
             (8, self.owner.reload), (2, self.owner.spoil), (4, self.owner.unload), (6, self.owner.load),
-            (3, self.owner.pin), (20, lambda: None),
+            (3, self.owner.pin), (3, self.owner.hurry), (20, lambda: None),
         ):  # fmt: skip
             self._acts += [act] * weight
 
@@ -47,8 +47,7 @@ class Round:
             self.crowd.hear(output)
         if self.patient:
             self.engine.adapters.wait(10)
-        for reply in self.engine.poll_replies():
-            self.owner.replied(reply)
+        self.owner.replied(self.engine.poll_replies())
         if self.engine.adapters.num_reading == 0:
             self.scene.ledger.quiet()
 
