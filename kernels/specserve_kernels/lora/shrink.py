@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specserve_kernels.language import tl, triton
+from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.lora.tiles import LoraTiles, tile_size
 
@@ -45,22 +45,22 @@ def shrink_cut(num_tokens: int, in_features: int, parts: int, per_row: int, most
                pdl: bool) -> ShrinkCut:  # fmt: skip
     """Few tokens: splits of 512 or 1024 features, in flight all at once. Many: enough splits to fill the device."""
     tile, wide = tile_size(num_tokens), dtype == torch.float32
-    num_tiles, precision = triton.cdiv(num_tokens, tile), "ieee" if wide else "tf32"
-    common = {"M": per_row, "MP": triton.next_power_of_2(per_row), "TILE": tile, "PARTS": parts}
+    num_tiles, precision = cdiv(num_tokens, tile), "ieee" if wide else "tf32"
+    common: dict[str, object] = {"M": per_row, "MP": power_of_2(per_row), "TILE": tile, "PARTS": parts}
     common |= {"PRECISION": precision, "PDL": pdl, "launch_pdl": pdl}
     if num_tokens <= FEW_TOKENS:
         warps = 4 if num_tokens <= 32 else 8
         depth = 32 if wide else 128 if in_features > 256 else 64
         most = 16 if num_tokens <= 32 else 8
-        chunks = triton.cdiv(in_features, warps * depth * most)
-        splits = triton.cdiv(in_features, warps * depth * chunks)
+        chunks = cdiv(in_features, warps * depth * most)
+        splits = cdiv(in_features, warps * depth * chunks)
         programs = min(most_blocks * parts * splits, max(_PROGRAMS // num_tiles, 64))
         own = {"SPLITS": splits, "DEPTH": depth, "CHUNKS": chunks, "WARPS": warps, "num_warps": warps}
         return ShrinkCut(True, programs, splits, common | own)
     depth = 32 if wide else 64
     splits = min(8, max(1, _PROGRAMS // num_tiles), max(1, in_features // 256))
-    span = triton.cdiv(triton.cdiv(in_features, splits), depth) * depth
-    programs = min(triton.cdiv(most_blocks * parts, 4), 4) * splits
+    span = cdiv(cdiv(in_features, splits), depth) * depth
+    programs = min(cdiv(most_blocks * parts, 4), 4) * splits
     own = {"SPLITS": splits, "SPAN": span, "DEPTH": depth, "STAGES": 4, "num_warps": 4}
     return ShrinkCut(False, programs, splits, common | own)
 
