@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -32,5 +32,10 @@ def make_helpers(count: int) -> ThreadPoolExecutor:
 
 
 def in_parallel(helpers: Helpers, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """[work(item) …], by the helpers if there are any."""
-    return [work(item) for item in items] if helpers is None else list(helpers.map(work, items))
+    """[work(item) …], by the helpers if there are any. All work has ended when this does, failed or not: whoever called
+    may then give away the memory that it was done in."""
+    if helpers is None:
+        return [work(item) for item in items]
+    begun = [helpers.submit(work, item) for item in items]
+    wait(begun)
+    return [future.result() for future in begun]

@@ -56,16 +56,19 @@ def read_adapter(
     memory: HostMemory | None = None,
     helpers: Helpers = None,
     max_file_bytes: int | None = None,
+    max_bytes: int | None = None,
 ) -> ReadAdapter:
     """Read and validate the PEFT folder `path` for the model whose linears are `specs`.
 
     Raises AdapterError that names the file, setting or tensor. `dtype` is what the factors are converted to; `memory`
-    is where the adapter comes to lie (None: in memory of its own), `helpers` share the work.
+    is where the adapter comes to lie (None: in memory of its own), `helpers` share the work; the limits are the file's
+    and the adapter's.
     """
     data = read_config(path)
     config = parse_config(data)
     with open_weights(path, max_bytes=max_file_bytes) as weights:
         modules = _plan(config, _modules(specs), parse_header(weights.header, weights.num_bytes), max_rank)
+        _check_size(modules, dtype, max_bytes)
         adapter, hashes = read_weights(weights, specs, modules, dtype, memory or HostMemory(0, pin=False), helpers)
         return ReadAdapter(adapter, hash_folder(data, weights.header, hashes))
 
@@ -137,6 +140,13 @@ def _check_targets(config: PeftConfig, modules: Modules, tensors: Mapping[str, o
             raise AdapterError(f"adapter_config.json targets {module}, but the weights hold no LoRA for it.")
         if module in tensors and not config.targets(module):
             raise AdapterError(f"The weights hold a LoRA for {module}, which adapter_config.json does not target.")
+
+
+def _check_size(modules: Sequence[LoraModule], dtype: torch.dtype, max_bytes: int | None) -> None:
+    """Before any memory is taken."""
+    size = dtype.itemsize * sum(module.a.numel + module.b.numel for module in modules)
+    if max_bytes is not None and size > max_bytes:
+        raise AdapterError(f"It needs {size} bytes of host memory; adapters may take {max_bytes}. Allow more.")
 
 
 def _check_tensor(name: str, tensor: StoredTensor, expected: tuple[int, int]) -> None:

@@ -37,6 +37,10 @@ class Factor(NamedTuple):
     name: str
     stored: StoredTensor
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.stored.shape)
+
 
 class LoraModule(NamedTuple):
     """A module's LoRA: A [rank, in_features], B [out_features, rank], and what their product is multiplied with."""
@@ -59,7 +63,7 @@ def read_weights(
     dtypes = {_dtype(factor) for module in modules for factor in module[1:3]}
     as_it_lies = dtypes == {dtype}
     count = num_modules(specs)
-    size = sum(_numel(factor) for module in modules for factor in module[1:3]) * dtype.itemsize
+    size = sum(factor.numel for module in modules for factor in module[1:3]) * dtype.itemsize
     region = memory.take(head_bytes(count) + size)
     try:
         blob = unpack(region.memory, count, dtype)[1]
@@ -74,8 +78,8 @@ def read_weights(
         shares = [unsettled[first : first + _SHARE] for first in range(0, len(unsettled), _SHARE)]
         in_parallel(helpers, lambda share: _settle(share, data, blob), shares)
         factors = {
-            module.key: (blob[a : a + _numel(module.a)].view(module.a.stored.shape),
-                         blob[b : b + _numel(module.b)].view(module.b.stored.shape))
+            module.key: (blob[a : a + module.a.numel].view(module.a.stored.shape),
+                         blob[b : b + module.b.numel].view(module.b.stored.shape))
             for module, (a, b) in placed
         }  # fmt: skip
         write_places(region.memory, specs, blob, factors)
@@ -94,16 +98,16 @@ def _places(modules: Sequence[LoraModule], dtype: torch.dtype, as_it_lies: bool)
     places: list[tuple[int, int]] = []
     end = 0
     for module in modules:
-        places.append((end, end + _numel(module.a)))
-        end += _numel(module.a) + _numel(module.b)
+        places.append((end, end + module.a.numel))
+        end += module.a.numel + module.b.numel
     return places
 
 
 def _settle(share: Sequence[tuple[LoraModule, tuple[int, int]]], data: Tensor, blob: Tensor) -> None:
     """Put the modules' A and B · scaling into the blob."""
     for module, (a, b) in share:
-        _settle_factor(module.a, 1.0, data, blob[a : a + _numel(module.a)])
-        _settle_factor(module.b, module.scaling, data, blob[b : b + _numel(module.b)])
+        _settle_factor(module.a, 1.0, data, blob[a : a + module.a.numel])
+        _settle_factor(module.b, module.scaling, data, blob[b : b + module.b.numel])
 
 
 def _settle_factor(factor: Factor, scaling: float, data: Tensor, target: Tensor) -> None:
@@ -165,7 +169,3 @@ def _values(data: Tensor, factor: Factor) -> Tensor:
 def _dtype(factor: Factor) -> torch.dtype:
     assert factor.stored.dtype is not None
     return factor.stored.dtype
-
-
-def _numel(factor: Factor) -> int:
-    return math.prod(factor.stored.shape)

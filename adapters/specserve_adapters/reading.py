@@ -76,7 +76,7 @@ def _read(path: Path, specs: Sequence[LinearSpec], dtype: torch.dtype, settings:
     return read_adapter(
         path, specs, max_rank=settings.max_rank, dtype=dtype, memory=settings.memory, helpers=settings.helpers,
         # A float64 file may become a 16-bit adapter, a quarter of its size; anything larger cannot fit in any case.
-        max_file_bytes=4 * settings.max_bytes + (1 << 20),
+        max_file_bytes=4 * settings.max_bytes + (1 << 20), max_bytes=settings.max_bytes,
     )  # fmt: skip
 
 

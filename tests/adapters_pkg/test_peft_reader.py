@@ -267,6 +267,8 @@ def test_limits(make_adapter: Any, specs: list[LinearSpec], tmp_path: Path) -> N
         read(tmp_path, specs, dtype=torch.float16)
     with pytest.raises(AdapterError, match=r"at most 10"):
         read(tmp_path, specs, max_file_bytes=10)
+    with pytest.raises(AdapterError, match=r"needs \d+ bytes of host memory; adapters may take 100"):
+        read(tmp_path, specs, max_bytes=100)
     with pytest.raises(AdapterError, match="not a folder"):
         read(tmp_path / "nowhere", specs)
 

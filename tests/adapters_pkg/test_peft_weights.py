@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from specserve.core.errors import AdapterError
 from specserve_adapters import adapter_files
 from specserve_adapters.adapter_files import hash_adapter, version_of
-from specserve_adapters.helpers import make_helpers
+from specserve_adapters.helpers import in_parallel, make_helpers
 from specserve_adapters.host_adapter import num_modules, unpack
 from specserve_adapters.host_memory import HostMemory
 from specserve_adapters.peft_reader import read_adapter
@@ -93,6 +94,22 @@ def test_helpers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             assert torch.equal(one, other)
         assert alone.contents == helped.contents
         assert version_of(alone.contents, None) == hash_adapter(tmp_path, None)
+    helpers.shutdown()
+
+
+def test_a_failure_is_told_when_all_helpers_have_ended() -> None:
+    ended: list[int] = []
+
+    def work(item: int) -> None:
+        if item == 0:
+            raise AdapterError("first")
+        time.sleep(0.02)
+        ended.append(item)
+
+    helpers = make_helpers(2)
+    with pytest.raises(AdapterError, match="first"):
+        in_parallel(helpers, work, range(6))
+    assert sorted(ended) == [1, 2, 3, 4, 5]
     helpers.shutdown()
 
 
