@@ -113,6 +113,27 @@ def test_a_step_never_waits_for_the_device(core: EngineCore, setting: str, specu
     assert all(len(ids) == 12 for ids in tokens.values())
 
 
+def test_loads_never_wait_either() -> None:
+    """Adapters take turns in one slot, loaded anew each time beside the steps: nobody notices but by the clock."""
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    params = replace(params, speculation=SpeculationParams(num_draft_tokens=0))
+    loras = [(LoraRef(name),) if name else () for name in ("sql", "docs", "", "javascript", "sql")]
+    tokens = []
+    for slots in (1, 8):
+        core = EngineCore(
+            EngineConfig(model="demo", device="cuda", dtype="float32", num_blocks=400, max_num_seqs=16, max_loras=slots)
+        )
+        run(core, params, loras)  # all are read, and what was not yet is compiled
+        before = core.adapters.stats().loads
+        core.executor = WatchedExecutor(core)
+        tokens.append(run(core, params, loras))
+        loads = core.adapters.stats().loads - before
+        assert loads >= 2 if slots == 1 else loads == 0
+        assert core.adapters.num_loading == 0
+        core.close()
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_graph_does_what_its_launches_do(dtype: str) -> None:
     """Padded batches, with adapters and without: in float32 the same tokens, log-probabilities within tolerance. (A
