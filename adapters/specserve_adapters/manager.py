@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from specserve_adapters.host_memory import HostMemory
 from specserve_adapters.intake import Intake
 from specserve_adapters.library import Library
 from specserve_adapters.live import LiveUses, Uses
+from specserve_adapters.placements import Placement, Placements
 from specserve_adapters.reading import ReadSettings, check_source, read_source
 from specserve_adapters.room import check_pin, check_request
 from specserve_adapters.spec import LinearSpec
@@ -36,7 +37,6 @@ __all__ = ["AdapterManager", "AdapterUse", "LoadTicket"]
 
 READ_HELPERS = min(4, os.cpu_count() or 1)  # threads that share the work on one adapter
 # `list` is a method of the class, so its signatures cannot name the type.
-Placement = tuple[tuple[tuple[int, float], ...], list[AdapterLoad]]
 AdapterInfos = list[AdapterInfo]
 Changes = tuple[list[AdapterInfo], list[str]]
 AdapterKey = list[tuple[str, float]]
@@ -72,9 +72,7 @@ class AdapterManager:
         self._names, self._tiers = self._library.names, self._library.tiers
         self._live = LiveUses()
         self._intake = Intake(self._library, self._live, lambda source: read_source(source, settings))
-        self._begun: deque[float] = deque()  # when each load under way began
-        self._loads = 0
-        self._load_seconds = 0.0
+        self._placements = Placements(self._library, self._live)
         self._clock = clock
 
     # --- names ---------------------------------------------------------------------------------------------------
@@ -164,8 +162,8 @@ class AdapterManager:
             slots_used=len(tiers.slots),
             reads=queue.reads,
             read_seconds=queue.seconds,
-            loads=self._loads,
-            load_seconds=self._load_seconds,
+            loads=self._placements.loads,
+            load_seconds=self._placements.load_seconds,
             evictions_host=tiers.evictions_host,
             evictions_device=tiers.evictions_device,
         )
@@ -214,48 +212,24 @@ class AdapterManager:
         The loads are to begin in this order; a slot may be read once `slots_live` says so. None: no slot can be freed
         now; nothing was taken.
         """
-        merged = merge_uses(uses)
-        if not self._tiers.slots.can_take([version for version, _ in merged]):
-            return None
-        pairs: list[tuple[int, float]] = []
-        loads: list[AdapterLoad] = []
-        for version, scale in merged:
-            taken = self._tiers.take(version)
-            assert taken is not None
-            pairs.append((taken.slot, scale))
-            if taken.needs_load:
-                loads.append(AdapterLoad(taken.slot, version))
-                self._begun.append(time.perf_counter())
-                self._names.touch_version(version)
-            if taken.evicted is not None:
-                self._names.touch_version(taken.evicted)
-        self._live.place(uses)
-        self._touch(uses)
-        return tuple(pairs), loads
+        return self._placements.take(uses)
 
     def slots_live(self, uses: Uses) -> bool:
         """Whether the slots that this request took hold its adapters: no load of theirs is under way."""
-        return all(self._tiers.slots.is_live(use.entry.version) for use in uses)
+        return self._placements.are_live(uses)
 
     def loaded(self, load: AdapterLoad) -> None:
-        """A load ended, the oldest of its slot. The slot may stand for another version by now, whose load is then under
-        way behind it, or be free."""
-        self._tiers.slots.loaded(load.slot)
-        self._loads += 1
-        self._load_seconds += time.perf_counter() - self._begun.popleft()
-        self._names.touch_version(load.version)
+        """The oldest load under way ended, whatever its slot stands for by now."""
+        self._placements.loaded(load)
 
     @property
     def num_loading(self) -> int:
         """Loads that have not ended."""
-        return len(self._begun)
+        return self._placements.num_loading
 
     def release_slots(self, uses: Uses) -> None:
         """The request gives its slots back (finished, aborted, preempted), loaded or not; they stay warm."""
-        self._live.unplace(uses)
-        for version, _ in merge_uses(uses):
-            self._tiers.slots.release(version)
-        self._touch(uses)
+        self._placements.release(uses)
 
     def release(self, uses: Uses) -> None:
         """The request is gone, after `release_slots` if it had slots."""
@@ -264,11 +238,11 @@ class AdapterManager:
         self._live.release(uses)
         for use in uses:
             use.entry.record.last_used = self._clock()
+            self._names.touch(use.entry.record)
             if use.entry.loaded:
                 self._tiers.store.release(use.entry.version)
         for use in uses:
             self._library.reclaim(use.entry.version)
-        self._touch(uses)
         self._library.trim()
         self._intake.room_made()
 
@@ -318,10 +292,6 @@ class AdapterManager:
         self._intake.queue.close(then=lambda: self._settings.helpers.shutdown(wait=False))
 
     # --- helpers -------------------------------------------------------------------------------------------------
-
-    def _touch(self, uses: Uses) -> None:
-        for use in uses:
-            self._names.touch(use.entry.record)
 
     def check_integrity(self) -> None:
         """References, slots and memory agree with the live requests; nothing unreachable is kept."""

@@ -71,3 +71,20 @@ def test_an_adapter_is_unloaded_while_it_loads(manager: Any) -> None:
     manager.end_loads(1)
     assert manager.slots_live(b)
     manager.finish(b)
+
+
+def test_what_lies_warm_is_not_pushed_out_by_its_companion_in_a_sum(
+    make: Make, write_adapter: Any, tmp_path: Path
+) -> None:
+    manager = make(num_slots=3)
+    for seed, name in enumerate("abcd"):
+        write_adapter(tmp_path / name, seed)
+        manager.register(name, tmp_path / name)
+    for name in "abc":
+        uses = manager.ready(name)
+        manager.place(uses)
+        manager.finish(uses)
+    pair = manager.ready("a", "d")  # a was used longest ago; every order of the versions must keep it
+    assert len(manager.place(pair)) == 1
+    assert [manager.info(name).tier for name in "abcd"] == ["device", "host", "device", "device"]
+    manager.finish(pair)
