@@ -24,8 +24,7 @@ except ImportError:  # nothing to launch then
 class Relaunched:
     """A kernel, used as Triton's own is: `kernel[grid](*arguments, **constants)`.
 
-    The kernel's constants come behind its other arguments and are named in every call, so are its options; its first
-    argument is a tensor, on the current device.
+    The kernel's constants come behind its other arguments and are named in every call, so are its options.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -37,7 +36,7 @@ class Relaunched:
         return lambda *arguments, **constants: self._launch(grid, arguments, constants)
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        device = arguments[0].get_device()
+        device = torch._C._cuda_getDevice()
         traits: list[Any] = [device, *constants, *constants.values()]
         values = [_describe(argument, traits) for argument in arguments]
         key = tuple(traits)

@@ -35,9 +35,10 @@ class Linear:
         if ctx.lora is None:
             return self.storage.matmul(hidden, norm.weight_and_eps), None
         x = norm.forward(hidden)
+        folded = self.storage.fold(x, ctx.lora, self.lora_index)
+        if folded is not None:
+            return self.storage.matmul(x, lora=folded), None
         update = ctx.lora.update(self.lora_index, x)
-        if self.storage.folds(x, update):
-            return self.storage.matmul(x, lora=update), None
         return self.storage.matmul(x), update
 
     def gated(self, hidden: Tensor, norm: RMSNorm, ctx: ForwardContext) -> Tensor:
@@ -45,9 +46,10 @@ class Linear:
         if ctx.lora is None:
             return self.storage.matmul(hidden, norm.weight_and_eps, gated=True)
         x = norm.forward(hidden)
+        folded = self.storage.fold(x, ctx.lora, self.lora_index)
+        if folded is not None:
+            return self.storage.matmul(x, gated=True, lora=folded)
         update = ctx.lora.update(self.lora_index, x)
-        if self.storage.folds(x, update):
-            return self.storage.matmul(x, gated=True, lora=update)
         return update.silu_mul(self.storage.matmul(x))
 
     def add_to(self, residual: Tensor, x: Tensor, ctx: ForwardContext) -> None:
@@ -61,9 +63,10 @@ class Linear:
         residual += ctx.communicator.all_reduce(share)
 
     def _add_to(self, y: Tensor, x: Tensor, ctx: ForwardContext) -> None:
-        update = None if ctx.lora is None else ctx.lora.update(self.lora_index, x)
-        if update is None or self.storage.folds(x, update):
-            self.storage.add_matmul(y, x, lora=update)
+        folded = None if ctx.lora is None else self.storage.fold(x, ctx.lora, self.lora_index)
+        if ctx.lora is None or folded is not None:
+            self.storage.add_matmul(y, x, lora=folded)  # the product adds itself: an operator less
             return
-        self.storage.add_matmul(y, x)  # the product adds itself: an operator less
+        update = ctx.lora.update(self.lora_index, x)
+        self.storage.add_matmul(y, x)
         update.add_to(y)

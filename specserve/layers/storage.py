@@ -12,11 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specserve.layers.context import LoraUpdate
+from specserve.layers.context import LoraApplier
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import runs_triton
+from specserve_kernels.lora.fold import Folded
+from specserve_kernels.lora.grouped import GroupedLora
 from specserve_kernels.norm import rms_norm
-from specserve_kernels.skinny.linear import Norm, arrivals, is_skinny, skinny_linear
+from specserve_kernels.skinny.linear import Norm, arrivals, is_skinny, skinny_linear, takes_lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +44,16 @@ class Storage(Protocol):
     def parameters(self) -> Sequence[dict[str, Parameter]]:
         """For each part in merged order, its checkpoint tensors by suffix ("weight", "bias", …)."""
 
-    def matmul(
-        self, x: Tensor, norm: Norm | None = None, *, gated: bool = False, lora: LoraUpdate | None = None
-    ) -> Tensor:
+    def matmul(self, x: Tensor, norm: Norm | None = None, *, gated: bool = False, lora: Folded | None = None) -> Tensor:
         """x [T, in] → a new [T, out] tensor: x Wᵀ + bias. `norm` (weight [in], eps []): of RMS-normed x. `gated`: the
-        two halves of out go through silu(first) * second, which leaves [T, out / 2]. `lora`, which `folds` must have
-        allowed: is added to the product."""
+        two halves of out go through silu(first) * second, which leaves [T, out / 2]. `lora`, from `fold`: is added to
+        the product."""
 
-    def add_matmul(self, y: Tensor, x: Tensor, *, lora: LoraUpdate | None = None) -> None:
+    def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None) -> None:
         """y [T, out] += x Wᵀ + bias, in place; `lora` as above."""
 
-    def folds(self, x: Tensor, lora: LoraUpdate) -> bool:
-        """Whether the product of x takes such an update into itself; else its reader adds it."""
+    def fold(self, x: Tensor, lora: LoraApplier, linear_index: int) -> Folded | None:
+        """What the product of x takes of linear `linear_index`'s adapters into itself; None: its reader adds them."""
 
 
 class DenseStorage:
@@ -82,22 +82,23 @@ class DenseStorage:
                 part["bias"] = whole(values)
         return parts
 
-    def matmul(
-        self, x: Tensor, norm: Norm | None = None, *, gated: bool = False, lora: LoraUpdate | None = None
-    ) -> Tensor:
+    def matmul(self, x: Tensor, norm: Norm | None = None, *, gated: bool = False, lora: Folded | None = None) -> Tensor:
         if self._bias is None and is_skinny(x):
-            return skinny_linear(x, self._weight.t(), norm=norm, gated=gated, arrivals=self._arrivals)
+            return skinny_linear(x, self._weight.t(), norm=norm, gated=gated, lora=lora, arrivals=self._arrivals)
         x = x if norm is None else rms_norm(x, *norm)
         y = torch.mm(x, self._weight) if self._bias is None else torch.addmm(self._bias, x, self._weight)
         return silu_mul(y) if gated else y
 
-    def add_matmul(self, y: Tensor, x: Tensor, *, lora: LoraUpdate | None = None) -> None:
+    def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None) -> None:
         if self._bias is None and is_skinny(x):
-            skinny_linear(x, self._weight.t(), residual=y, arrivals=self._arrivals)
+            skinny_linear(x, self._weight.t(), residual=y, lora=lora, arrivals=self._arrivals)
             return
         y.addmm_(x, self._weight)
         if self._bias is not None:
             y.add_(self._bias)
 
-    def folds(self, x: Tensor, lora: LoraUpdate) -> bool:
-        return False
+    def fold(self, x: Tensor, lora: LoraApplier, linear_index: int) -> Folded | None:
+        if self._bias is not None or not isinstance(lora, GroupedLora):
+            return None
+        fits = lora.foldable and takes_lora(x, self._weight.t(), lora.linears[linear_index])
+        return lora.fold(linear_index, x) if fits else None

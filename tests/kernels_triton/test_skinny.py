@@ -102,8 +102,8 @@ def test_adapters_within_the_product_on_hopper(
     row_weights = torch.rand(rows, per_row, device=device)
 
     def product(named: torch.Tensor) -> torch.Tensor:
-        lora = grouped(factors, ranks, named, row_weights).update(0, x)
-        assert takes_lora(x, weight, lora)
+        assert takes_lora(x, weight, factors)
+        lora = grouped(factors, ranks, named, row_weights).fold(0, x)
         mine = None if residual is None else residual.clone()
         return skinny_linear(x, weight, residual=mine, gated=bool(gated), arrivals=arrivals, lora=lora)
 
@@ -137,9 +137,8 @@ def expected(
 
 
 def test_adapters_are_added_apart_where_the_product_does_not_take_them(device: torch.device) -> None:
-    factors, ranks = slots_of([4, 16], (24, 8), 64, device)
-    x, weight = made((3, 64), torch.float32, device), made((32, 64), torch.float32, device)
-    slots = torch.tensor([[0], [1], [-1]], device=device)
-    factors = SlotFactors(factors.a.float(), factors.b.float(), factors.widths)
-    assert not takes_lora(x, weight, grouped(factors, ranks, slots, torch.ones(3, 1, device=device)).update(0, x))
-    assert not takes_lora(x, weight, None)
+    """Neither float32 nor parts that end within a tile of columns."""
+    for widths, dtype in (((192, 64), torch.float32), ((24, 40), torch.bfloat16)):
+        factors, _ = slots_of([4, 16], widths, 64, device)
+        factors = SlotFactors(factors.a.to(dtype), factors.b.to(dtype), factors.widths)
+        assert not takes_lora(made((3, 64), dtype, device), made((sum(widths), 64), dtype, device), factors)

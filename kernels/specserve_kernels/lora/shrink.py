@@ -55,7 +55,7 @@ def shrink_cut(num_tokens: int, in_features: int, parts: int, per_row: int, most
         chunks = cdiv(in_features, warps * depth * most)
         splits = cdiv(in_features, warps * depth * chunks)
         programs = min(most_blocks * parts * splits, max(_PROGRAMS // num_tiles, 64))
-        own = {"SPLITS": splits, "DEPTH": depth, "CHUNKS": chunks, "WARPS": warps, "num_warps": warps}
+        own: dict[str, object] = {"SPLITS": splits, "DEPTH": depth, "CHUNKS": chunks, "WARPS": warps, "num_warps": warps}
         return ShrinkCut(True, programs, splits, common | own)
     depth = 32 if wide else 64
     splits = min(8, max(1, _PROGRAMS // num_tiles), max(1, in_features // 256))

@@ -15,19 +15,18 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specserve_kernels.language import triton
+from specserve_kernels.language import cdiv, triton
 from specserve_kernels.launch import relaunched
+from specserve_kernels.lora.fold import Folded
+from specserve_kernels.lora.grouped import SlotFactors
+from specserve_kernels.lora.tiles import RANK_BLOCK
 from specserve_kernels.overlap import overlaps
-from specserve_kernels.skinny.hopper_lora import stage_s
 from specserve_kernels.skinny.hopper_parts import consume, produce
-
-if TYPE_CHECKING:
-    from specserve_kernels.lora.grouped import Shrunk
 
 try:
     from triton.experimental import gluon
@@ -42,21 +41,19 @@ _WIDTH = 64  # columns of a tile: 128 bytes, the widest swizzle
 _HALF = 111 * 1024  # of a multiprocessor's memory: two programs on it
 _WHOLE = 200 * 1024
 _PROGRAMS = 132  # multiprocessors
-_SLOTS = {8: 3, 16: 4, 32: 2}  # steps in the ring of s by tokens: those of 128 ranks in what W's ring leaves
 
 
 @relaunched
 @gluon.jit(do_not_specialize=["count", "steps"])
 def _skinny_kernel(
     w_desc, x_desc, out, workspace, arrivals, count, out_dim, steps, out_stride,
-    b_desc, s, token_slots, counts, blocks, split_stride, rank_stride, second, third, fourth,
+    b_desc, s_desc, counts, blocks, rank_stride, tile, second, third, fourth,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
-    SLOTS: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr, S_SPLITS: gl.constexpr,
+    GATED: gl.constexpr, RESIDUAL: gl.constexpr, LORA: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Program p: part p % SPLITS of tile p // SPLITS. steps: stages along `in` of a part; DEPTH tiles in a stage.
 
-    With SLOTS, those of the ring of s, adapters are added (hopper_lora): b_desc … fourth from `_arguments`.
+    With LORA, stages of s and B follow those of x and W (hopper_lora): b_desc … fourth from `_arguments`.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = out.dtype.element_ty
@@ -68,40 +65,29 @@ def _skinny_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    if SLOTS == 0:
-        fence_async_shared()
+    fence_async_shared()
+    if LORA:
+        adapters = (b_desc, s_desc, counts, blocks, rank_stride, tile, second, third, fourth)
         gl.warp_specialize(
             [
-                (consume, (out, workspace, arrivals, None, w_smem, x_smem, full, empty, None, None, None,
-                           count, out_dim, steps, out_stride,
-                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL, SLOTS)),
+                (consume, (out, workspace, arrivals, counts, w_smem, x_smem, full, empty, count, out_dim, steps,
+                           out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LORA, PDL)),
+                (produce, (w_desc, x_desc, adapters, w_smem, x_smem, full, empty, out_dim, steps,
+                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, LORA, PDL)),
+            ],
+            [1],
+            [56],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (out, workspace, arrivals, None, w_smem, x_smem, full, empty, count, out_dim, steps,
+                           out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LORA, PDL)),
                 (produce, (w_desc, x_desc, None, w_smem, x_smem, full, empty, out_dim, steps,
-                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL, SLOTS)),
+                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, LORA, PDL)),
             ],
             [1],
             [40],
-        )  # fmt: skip
-    else:
-        s_smem = gl.allocate_shared_memory(dtype, [SLOTS * DEPTH, TOKENS, 64], layout)
-        staged = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-        taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(SLOTS):
-            mbarrier.init(staged.index(i), count=1)
-            mbarrier.init(taken.index(i), count=1)
-        fence_async_shared()
-        adapters = (b_desc, s, token_slots, counts, blocks, split_stride, rank_stride, second, third, fourth)
-        gl.warp_specialize(
-            [
-                (consume, (out, workspace, arrivals, adapters, w_smem, x_smem, full, empty, s_smem, staged, taken,
-                           count, out_dim, steps, out_stride,
-                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL, SLOTS)),
-                (produce, (w_desc, x_desc, adapters, w_smem, x_smem, full, empty, out_dim, steps,
-                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL, SLOTS)),
-                (stage_s, (adapters, s_smem, staged, taken,
-                           TOKENS, DEPTH, SLOTS, SPLITS, GATED, PDL, PARTS, M, S_SPLITS)),
-            ],
-            [1, 2],
-            [56, 56],
         )  # fmt: skip
 
 
@@ -130,36 +116,36 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return suits(x) and weight.dtype == x.dtype and aligned
 
 
-def takes_lora(x: Tensor, weight: Tensor, lora: Shrunk) -> bool:
-    """Whether this kernel can add what adapters add to such a product: `takes`, each of its tiles in one part, all
-    tokens in one tile. Not in float16, where s might overflow."""
-    fits = x.dtype == lora.b.dtype == torch.bfloat16 and lora.b.shape[1] == weight.shape[0]
-    parts = all(width % 64 == 0 for width in lora.widths) and lora.b.is_contiguous() and lora.b.data_ptr() % 16 == 0
-    return takes(x, weight) and _tokens(x.shape[0]) in _SLOTS and lora.tiles.counts.shape[0] == 1 and fits and parts
+def takes_lora(x: Tensor, weight: Tensor, factors: SlotFactors) -> bool:
+    """Whether this kernel can add these adapters' share to such a product: `takes`, each of its tiles in one part. Not
+    in float16, where s might overflow."""
+    fits = x.dtype == factors.b.dtype == torch.bfloat16 and factors.b.shape[1] == weight.shape[0]
+    parts = all(width % _WIDTH == 0 for width in factors.widths) and factors.b.data_ptr() % 16 == 0
+    return takes(x, weight) and fits and parts and factors.b.is_contiguous()
 
 
-def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool, slots: int = 0) -> dict[str, int]:
+def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool) -> dict[str, int]:
     """Rows of W in a tile (of each matrix), tiles and stages of the ring, parts along `in`. A W of few tiles is parted
     until every multiprocessor has a program, whose ring fills its memory; of more tiles, two programs share one."""
-    tokens, matrices, tiles = _tokens(rows), 2 if gated else 1, triton.cdiv(out_dim, 64)
+    tokens, matrices, tiles = _tokens(rows), 2 if gated else 1, cdiv(out_dim, 64)
     is_small = not gated and tiles <= _PROGRAMS
     splits = 1
     while is_small and splits < 4 and tiles * splits * 2 <= _PROGRAMS and in_dim >= 2048 * splits:
         splits *= 2
-    memory = (_WHOLE if is_small else _HALF) - 64 * tokens * (4 + slots * 4)
+    memory = (_WHOLE if is_small else _HALF) - 64 * tokens * 4
     stages = memory // (2 * (64 * matrices + tokens) * 128)
     return {"ROWS": 64, "DEPTH": 2, "STAGES": max(2, stages), "SPLITS": splits}
 
 
-def _arguments(lora: Shrunk | None) -> tuple[Any, ...]:
-    """What the kernel takes of adapters: B in boxes of a rank block, s and who uses what, where the parts begin."""
+def _arguments(lora: Folded | None, tokens: int) -> tuple[Any, ...]:
+    """What the kernel takes of adapters: B in boxes of a rank block, s, the blocks in use, where the parts begin."""
     if lora is None:
-        return (None,) * 10
+        return (None,) * 9
     ranks, out_dim = lora.b.shape
-    b_desc = TensorDescriptor(lora.b, [ranks, out_dim], [out_dim, 1], [16, _WIDTH], _TILE)
+    b_desc = TensorDescriptor(lora.b, [ranks, out_dim], [out_dim, 1], [RANK_BLOCK, _WIDTH], _TILE)
+    s_desc = TensorDescriptor(lora.s, list(lora.s.shape), list(lora.s.stride()), [tokens, _WIDTH], _TILE)
     starts = [*accumulate(lora.widths[:-1]), out_dim, out_dim, out_dim][:3]
-    tiles = lora.tiles
-    return (b_desc, lora.s, tiles.token_slots, tiles.counts, tiles.blocks, lora.split_stride, lora.rank_stride, *starts)
+    return (b_desc, s_desc, lora.tiles.counts, lora.tiles.blocks, lora.rank_stride, lora.tiles.tile, *starts)
 
 
 def skinny_linear_hopper(
@@ -169,7 +155,7 @@ def skinny_linear_hopper(
     gated: bool = False,
     arrivals: Tensor | None = None,
     cut: dict[str, int] | None = None,
-    lora: Shrunk | None = None,
+    lora: Folded | None = None,
 ) -> Tensor:
     """x Wᵀ where `takes` allows it, plus what adapters add where `takes_lora` does. arrivals: int32 zeros, one a tile
     of W or more, of which kernels on one stream may share one tensor; without it `in` is not parted."""
@@ -177,24 +163,21 @@ def skinny_linear_hopper(
     out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, out_dim) if residual is None else residual
     tokens = _tokens(rows)
-    slots = 0 if lora is None else _SLOTS[tokens]
     assert lora is None or not gated or lora.widths in ((out_dim, out_dim), (2 * out_dim,)), lora.widths
-    cut = choose_cut(rows, out_dim, in_dim, gated, slots) if cut is None else cut
+    cut = choose_cut(rows, out_dim, in_dim, gated) if cut is None else cut
     splits = 1 if arrivals is None else cut["SPLITS"]
-    tiles = triton.cdiv(out_dim, cut["ROWS"])
+    tiles = cdiv(out_dim, cut["ROWS"])
     assert arrivals is None or arrivals.numel() >= tiles, (arrivals.shape, tiles)
     workspace = out if splits == 1 else x.new_empty(splits, rows, out_dim, dtype=torch.float32)
     w_desc = TensorDescriptor(weight, list(weight.shape), [in_dim, 1], [cut["ROWS"], _WIDTH], _TILE)
     x_desc = TensorDescriptor(x, [rows, in_dim], [x.stride(0), 1], [tokens, _WIDTH], _TILE)
-    steps = triton.cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits)
+    steps = cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits)
     overlap = overlaps(x)
     options = {"launch_pdl": True} if overlap else {}  # others than NVIDIA's do not know it
     _skinny_kernel[(tiles * splits,)](
         w_desc, x_desc, out, workspace, out if arrivals is None else arrivals, rows, out_dim, steps, out.stride(0),
-        *_arguments(lora), ROWS=cut["ROWS"], TOKENS=tokens, DEPTH=cut["DEPTH"], STAGES=cut["STAGES"], SPLITS=splits,
-        GATED=gated, RESIDUAL=residual is not None, PDL=overlap, SLOTS=slots,
-        PARTS=1 if lora is None else lora.parts, M=1 if lora is None else lora.tiles.token_slots.shape[1],
-        S_SPLITS=1 if lora is None else lora.splits,
+        *_arguments(lora, tokens), ROWS=cut["ROWS"], TOKENS=tokens, DEPTH=cut["DEPTH"], STAGES=cut["STAGES"],
+        SPLITS=splits, GATED=gated, RESIDUAL=residual is not None, LORA=lora is not None, PDL=overlap,
         num_warps=4, maxnreg=_registers(cut["ROWS"] * tokens * (2 if gated else 1), splits), **options,
     )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ barrier `full` counts the bytes that came, `empty` says that they were used.
 from __future__ import annotations
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.skinny.hopper_lora import adapter_steps, multiply_b, produce_b
+from specserve_kernels.skinny.hopper_lora import adapter_steps, multiply_adapters, produce_adapters
 
 try:
     from triton.experimental import gluon
@@ -36,7 +36,7 @@ def _copy_x(x_desc, x_smem, bar, column, stage, DEPTH: gl.constexpr):
 @gluon.jit
 def produce(w_desc, x_desc, adapters, w_smem, x_smem, full, empty, out_dim, steps,
             ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
-            SPLITS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr, SLOTS: gl.constexpr):  # fmt: skip
+            SPLITS: gl.constexpr, GATED: gl.constexpr, LORA: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """The copying warp. Columns of x and W beyond the end arrive as zeros."""
     bytes: gl.constexpr = DEPTH * ((2 if GATED else 1) * ROWS + TOKENS) * 128
     row = gl.program_id(0) // SPLITS * ROWS
@@ -59,8 +59,8 @@ def produce(w_desc, x_desc, adapters, w_smem, x_smem, full, empty, out_dim, step
         mbarrier.expect(bar, bytes)
         _copy_w(w_desc, w_smem, bar, row, column + step * (64 * DEPTH), stage, out_dim, DEPTH, GATED)
         _copy_x(x_desc, x_smem, bar, column + step * (64 * DEPTH), stage, DEPTH)
-    if SLOTS > 0:
-        produce_b(adapters, w_smem, full, empty, out_dim, steps, SPLITS, DEPTH, STAGES, GATED)
+    if LORA:
+        produce_adapters(adapters, w_smem, x_smem, full, empty, out_dim, steps, TOKENS, SPLITS, DEPTH, STAGES, GATED)
 
 
 @gluon.jit
@@ -104,20 +104,19 @@ def _add_parts(y, workspace, arrival, inside, place, size, SPLITS: gl.constexpr)
 
 
 @gluon.jit
-def consume(out, workspace, arrivals, adapters, w_smem, x_smem, full, empty, s_smem, staged, taken,
-            count, out_dim, steps, out_stride,
+def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
             ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-            GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr, SLOTS: gl.constexpr):  # fmt: skip
+            GATED: gl.constexpr, RESIDUAL: gl.constexpr, LORA: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """The computing warps: sums [ROWS, TOKENS] of W xᵀ, then what follows on them."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     # A thread stores 4 neighbours of one row of y, 16 threads 128 bytes.
     STORED: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
     first = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
     second = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
-    if SLOTS > 0:
+    if LORA:
         if PDL:
             tl.extra.cuda.gdc_wait()
-        _, more = adapter_steps(adapters[3], DEPTH, SPLITS, GATED)
+        _, more = adapter_steps(counts, DEPTH, SPLITS, GATED)
     mbarrier.wait(full.index(0), 0)
     first, second = _multiply(w_smem, x_smem, 0, first, second, DEPTH, STAGES, GATED)
     for step in range(1, steps):
@@ -125,16 +124,13 @@ def consume(out, workspace, arrivals, adapters, w_smem, x_smem, full, empty, s_s
         one, two = _finish(first, second, GATED)
         mbarrier.arrive(empty.index((step - 1) % STAGES))
         first, second = _multiply(w_smem, x_smem, step, one, two, DEPTH, STAGES, GATED)
-    if SLOTS > 0:
+    if LORA:
         for further in range(more):
             step = steps + further
             mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
-            mbarrier.wait(staged.index(further % SLOTS), further // SLOTS & 1)
             one, two = _finish(first, second, GATED)
             mbarrier.arrive(empty.index((step - 1) % STAGES))
-            if further > 0:
-                mbarrier.arrive(taken.index((further - 1) % SLOTS))
-            first, second = multiply_b(w_smem, s_smem, step % STAGES, further % SLOTS, one, two, DEPTH, GATED)
+            first, second = multiply_adapters(w_smem, x_smem, step % STAGES, one, two, DEPTH, GATED)
     y, up = _finish(first, second, GATED)
     if GATED:
         y = y / (1.0 + gl.exp(-y)) * up

@@ -4,7 +4,7 @@
     residual  y = residual + x Wᵀ                      residual: [rows, out], overwritten with y
     norm      y = rsqrt(mean(x²) + eps) (x * g) Wᵀ     RMSNorm first (g: [in]); its factor is one number a row
     gated     y = silu(x Wgᵀ) * (x Wuᵀ)                W = [Wg; Wu]: [2 out, in]; SwiGLU (Shazeer 2020); y: [rows, out]
-    lora      x Wᵀ + Σ s·B wherever x Wᵀ stands        s, B: what `GroupedLora.update` leaves of x, where `takes_lora`
+    lora      x Wᵀ + Σ s·B wherever x Wᵀ stands        s, B: what `GroupedLora.fold` leaves of x, where `takes_lora`
 
 For few rows the time is that of reading W: 2 bytes an element at the memory's speed. So what matters is that W streams
 without a pause: enough bytes in flight, and no gap between two kernels. For the second, a kernel starts while its
@@ -25,7 +25,8 @@ from torch import Tensor
 from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
-from specserve_kernels.lora.grouped import Shrunk
+from specserve_kernels.lora.fold import Folded
+from specserve_kernels.lora.grouped import SlotFactors
 from specserve_kernels.norm import rms_norm, rms_norm_ref
 from specserve_kernels.overlap import overlaps, wait
 from specserve_kernels.skinny import hopper as skinny_hopper
@@ -140,7 +141,7 @@ def skinny_linear(
     norm: Norm | None = None,
     gated: bool = False,
     arrivals: Tensor | None = None,
-    lora: Shrunk | None = None,
+    lora: Folded | None = None,
 ) -> Tensor:
     """x [rows, in] times weight [out, in] → [rows, out]; onto a residual, in place; gated: [rows, out / 2].
 
@@ -154,7 +155,6 @@ def skinny_linear(
     assert residual is None or residual.stride(-1) == 1, residual.stride()
     if lora is not None:
         assert norm is None, "the adapters have read x already"
-        assert takes_lora(x, weight, lora), (x.shape, weight.shape, lora.widths)
         return skinny_hopper.skinny_linear_hopper(x, weight, residual, gated, arrivals, lora=lora)
     if not is_skinny(x):
         return skinny_linear_ref(x, weight, residual, norm, gated)
@@ -171,9 +171,9 @@ def arrivals(device: torch.device) -> Tensor:
     return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
 
 
-def takes_lora(x: Tensor, weight: Tensor, lora: object) -> bool:
-    """Whether `skinny_linear` adds what these adapters add to x [rows, in] times weight [out, in]."""
-    return isinstance(lora, Shrunk) and is_skinny(x) and skinny_hopper.takes_lora(x, weight, lora)
+def takes_lora(x: Tensor, weight: Tensor, factors: SlotFactors) -> bool:
+    """Whether `skinny_linear` adds these adapters' share to x [rows, in] times weight [out, in]."""
+    return is_skinny(x) and skinny_hopper.takes_lora(x, weight, factors)
 
 
 def is_skinny(x: Tensor) -> bool:
