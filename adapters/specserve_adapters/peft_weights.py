@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from specserve.core.errors import AdapterError
-from specserve_adapters.adapter_files import WeightsFile
+from specserve_adapters.adapter_files import PIECE_BYTES, WeightsFile
 from specserve_adapters.helpers import Helpers, in_parallel
-from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, unpack, write_places
+from specserve_adapters.host_adapter import Factors, HostAdapter, head_bytes, num_modules, unpack, write_places
 from specserve_adapters.host_memory import HostMemory
 from specserve_adapters.safetensors_file import StoredTensor
 from specserve_adapters.spec import LinearSpec, ModuleKey
@@ -28,7 +28,7 @@ MAX_MAGNITUDE = 1e30
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SIGNED = {2: np.int16, 4: np.int32, 8: np.int64}
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SHARE = 8  # modules that a thread takes at once
+_SHARE = 32  # modules that a thread takes at once
 
 
 class Factor(NamedTuple):
@@ -72,16 +72,13 @@ def read_weights(
         hashes, fine = weights.read_data(data, helpers, looks)
         if not fine:
             _check_values(data, modules)
-        places = _places(modules, dtype, as_it_lies)
-        placed = list(zip(modules, places, strict=True))
-        unsettled = [(m, place) for m, place in placed if not as_it_lies or m.scaling != 1.0]
-        shares = [unsettled[first : first + _SHARE] for first in range(0, len(unsettled), _SHARE)]
-        in_parallel(helpers, lambda share: _settle(share, data, blob), shares)
         factors = {
-            module.key: (blob[a : a + module.a.numel].view(module.a.stored.shape),
-                         blob[b : b + module.b.numel].view(module.b.stored.shape))
-            for module, (a, b) in placed
-        }  # fmt: skip
+            module.key: (_part(blob, a, module.a), _part(blob, b, module.b))
+            for module, (a, b) in zip(modules, _places(modules, dtype, as_it_lies), strict=True)
+        }
+        if not as_it_lies or any(module.scaling != 1.0 for module in modules):
+            _settle(data, modules, factors, helpers)
+            _check_overflow(blob, modules, factors, helpers)
         write_places(region.memory, specs, blob, factors)
         adapter = HostAdapter(blob, factors, max(a.shape[0] for a, _ in factors.values()), region.memory)
     except BaseException:
@@ -103,29 +100,44 @@ def _places(modules: Sequence[LoraModule], dtype: torch.dtype, as_it_lies: bool)
     return places
 
 
-def _settle(share: Sequence[tuple[LoraModule, tuple[int, int]]], data: Tensor, blob: Tensor) -> None:
-    """Put the modules' A and B · scaling into the blob."""
-    for module, (a, b) in share:
-        _settle_factor(module.a, 1.0, data, blob[a : a + module.a.numel])
-        _settle_factor(module.b, module.scaling, data, blob[b : b + module.b.numel])
+def _part(blob: Tensor, begin: int, factor: Factor) -> Tensor:
+    return blob[begin : begin + factor.numel].view(factor.stored.shape)
 
 
-def _settle_factor(factor: Factor, scaling: float, data: Tensor, target: Tensor) -> None:
-    source = _values(data, factor)
-    lies_there = source.data_ptr() == target.data_ptr()
+def _settle(data: Tensor, modules: Sequence[LoraModule], factors: Factors, helpers: Helpers) -> None:
+    """Put every A and B · scaling into the blob, where they do not lie already."""
+
+    def settle(share: Sequence[LoraModule]) -> None:
+        for module in share:
+            a, b = factors[module.key]
+            _settle_factor(data, module.a, 1.0, a)
+            _settle_factor(data, module.b, module.scaling, b)
+
+    in_parallel(helpers, settle, [modules[first : first + _SHARE] for first in range(0, len(modules), _SHARE)])
+
+
+def _settle_factor(data: Tensor, factor: Factor, scaling: float, target: Tensor) -> None:
+    lies_there = data.data_ptr() + factor.stored.begin == target.data_ptr()
     if lies_there and scaling == 1.0:
         return
     # Folded in float64, so that B is rounded once; a power of two rounds nothing, whatever it is folded in.
-    exact = target.dtype == torch.float64 or math.frexp(scaling)[0] == 0.5
-    if scaling == 1.0:
-        target.copy_(source)
-    elif lies_there and exact:
+    if lies_there and (target.dtype == torch.float64 or math.frexp(scaling)[0] == 0.5):
         target.mul_(scaling)
-    else:
-        target.copy_(source.double().mul_(scaling))
-    if not _finite_pieces(target.dtype, math.inf)(target):
-        short = str(target.dtype).removeprefix("torch.")
-        raise AdapterError(f"Tensor {factor.name} overflows {short}, alpha included.")
+        return
+    source = _values(data, factor).view(factor.stored.shape)
+    target.copy_(source if scaling == 1.0 else source.double().mul_(scaling))
+
+
+def _check_overflow(blob: Tensor, modules: Sequence[LoraModule], factors: Factors, helpers: Helpers) -> None:
+    """Find what became infinite by its scaling or by a narrower dtype, if anything did."""
+    finite = _finite_pieces(blob.dtype, math.inf)
+    if all(in_parallel(helpers, finite, torch.split(blob, PIECE_BYTES // blob.element_size()))):
+        return
+    for module in modules:
+        for factor, values in zip(module[1:3], factors[module.key], strict=True):
+            if not finite(values):
+                short = str(blob.dtype).removeprefix("torch.")
+                raise AdapterError(f"Tensor {factor.name} overflows {short}, alpha included.")
 
 
 def _check_values(data: Tensor, modules: Sequence[LoraModule]) -> None:
