@@ -15,7 +15,7 @@ from torch import Tensor
 from specserve.layers.context import LoraApplier
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import runs_triton
-from specserve_kernels.lora.fold import Folded
+from specserve_kernels.lora.folded import Folded
 from specserve_kernels.lora.grouped import GroupedLora
 from specserve_kernels.norm import rms_norm
 from specserve_kernels.skinny.linear import Norm, arrivals, is_skinny, skinny_linear, takes_lora

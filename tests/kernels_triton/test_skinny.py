@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora, grouped_lora_ref
+from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora
 from specserve_kernels.skinny.hopper import skinny_linear_hopper, takes
 from specserve_kernels.skinny.linear import skinny_linear, skinny_linear_ref, skinny_linear_triton, takes_lora
 from specserve_kernels.tolerances import OP
@@ -125,11 +125,18 @@ def expected(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, factors: SlotFactors, ranks: torch.Tensor,
     row_slots: torch.Tensor, row_weights: torch.Tensor, gated: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Product, then adapters, then what follows, in float64."""
-    wide = SlotFactors(factors.a.double(), factors.b.double(), factors.widths)
+    """Product, then adapters, then what follows, in float64; what x is shrunk to is rounded, as the kernel must."""
     y = x.double() @ weight.double().t()
-    rows = torch.arange(len(x), device=x.device)
-    y = grouped_lora_ref(x.double(), y, wide, rows, row_slots, row_weights, ranks)
+    starts = [0, *itertools.accumulate(factors.widths)]
+    stride, parts = factors.b.shape[0] // len(ranks), len(factors.widths)
+    for row, slots in enumerate(row_slots.tolist()):
+        for slot in {slot for slot in slots if slot >= 0 and ranks[slot] > 0}:
+            share = row_weights[row][row_slots[row] == slot].sum().double()
+            for part in range(parts):
+                first, columns = (slot * parts + part) * stride, slice(starts[part], starts[part + 1])
+                shrunk = factors.a[first : first + ranks[slot]].double() @ x[row].double() * share
+                b = factors.b[slot * stride : slot * stride + ranks[slot], columns].double()
+                y[row, columns] += shrunk.to(x.dtype).double() @ b
     if gated:
         gate, up = y.chunk(2, dim=1)
         y = torch.nn.functional.silu(gate) * up

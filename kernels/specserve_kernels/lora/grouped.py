@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specserve_kernels.language import cdiv, power_of_2, tl
 from specserve_kernels.lora.expand import MAX_PARTS, add_kernel, rotate_kernel, silu_kernel
-from specserve_kernels.lora.fold import STEP, Folded, fold
+from specserve_kernels.lora.folded import Folded
 from specserve_kernels.lora.shrink import FEW_TOKENS, shrink, shrink_cut
 from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, lora_tiles
 from specserve_kernels.overlap import overlaps
@@ -202,20 +202,20 @@ class GroupedLora:
     rank_stride: int
     tiles: LoraTiles
     num_tokens: int
-    arrivals: Tensor | None  # of `fold`, where one tile holds all tokens
+    counters: Tensor | None  # of `fold`, where one tile holds all tokens: zeros, `ready` of each linear, then arrivals
 
     @property
     def foldable(self) -> bool:
         """Whether there are so few tokens that products may add adapters themselves."""
-        return self.arrivals is not None
+        return self.counters is not None
 
     def fold(self, linear_index: int, x: Tensor) -> Folded:
-        """What the product of linear `linear_index` adds to x Wᵀ, of x as it is now; all tokens in one tile."""
+        """What the product of linear `linear_index` takes to add its adapters itself, once a forward."""
         a, b, widths = self.linears[linear_index]
-        assert x.shape == (self.num_tokens, a.shape[1]) and x.stride(1) == 1, (x.shape, x.stride(), a.shape)
-        assert x.dtype == a.dtype and self.arrivals is not None, (x.dtype, self.num_tokens)
-        s = fold(x, a, len(widths), self.rank_stride, self.tiles, self.arrivals, overlaps(x))
-        return Folded(s, b, widths, self.rank_stride, self.tiles)
+        assert x.shape == (self.num_tokens, a.shape[1]) and x.dtype == a.dtype, (x.shape, x.dtype, a.shape)
+        assert self.counters is not None, self.num_tokens
+        ready, arrivals = self.counters[linear_index : linear_index + 1], self.counters[len(self.linears) :]
+        return Folded(a, b, widths, self.rank_stride, self.tiles, arrivals, ready)
 
     def update(self, linear_index: int, x: Tensor) -> Shrunk:
         """What the adapters add to linear `linear_index` of x [T, in_features]: its first half, of x as it is now."""
@@ -241,5 +241,5 @@ def grouped_lora(
     """
     tiles = lora_tiles(token_rows, row_slots, row_weights, slot_ranks, max_rank)
     num_tiles, most = tiles.blocks.shape
-    arrivals = tiles.blocks.new_zeros(MAX_PARTS * cdiv(most * RANK_BLOCK, STEP) * STEP) if num_tiles == 1 else None
-    return GroupedLora(linears, cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK, tiles, token_rows.shape[0], arrivals)
+    counters = tiles.blocks.new_zeros(len(linears) + MAX_PARTS * cdiv(most, 4)) if num_tiles == 1 else None
+    return GroupedLora(linears, cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK, tiles, token_rows.shape[0], counters)

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from specserve_kernels.language import cdiv, triton
 from specserve_kernels.launch import relaunched
-from specserve_kernels.lora.fold import Folded
+from specserve_kernels.lora.folded import Folded
 from specserve_kernels.lora.grouped import SlotFactors
 from specserve_kernels.lora.tiles import RANK_BLOCK
 from specserve_kernels.overlap import overlaps
+from specserve_kernels.skinny.hopper_fold import consume_fold, produce_fold
 from specserve_kernels.skinny.hopper_parts import consume, produce
 
 try:
@@ -41,22 +42,35 @@ _WIDTH = 64  # columns of a tile: 128 bytes, the widest swizzle
 _HALF = 111 * 1024  # of a multiprocessor's memory: two programs on it
 _WHOLE = 200 * 1024
 _PROGRAMS = 132  # multiprocessors
+_FOLDS = 48  # programs that multiply by A
 
 
 @relaunched
 @gluon.jit(do_not_specialize=["count", "steps"])
 def _skinny_kernel(
     w_desc, x_desc, out, workspace, arrivals, count, out_dim, steps, out_stride,
-    b_desc, s_desc, counts, blocks, rank_stride, tile, second, third, fourth,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    GATED: gl.constexpr, RESIDUAL: gl.constexpr, LORA: gl.constexpr, PDL: gl.constexpr,
+    GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Program p: part p % SPLITS of tile p // SPLITS. steps: stages along `in` of a part; DEPTH tiles in a stage.
+    """Program p: part p % SPLITS of tile p // SPLITS. steps: stages along `in` of a part; DEPTH tiles in a stage."""
+    w_smem, x_smem, full, empty = _ring(out.dtype.element_ty, ROWS, TOKENS, DEPTH, STAGES, GATED)
+    gl.warp_specialize(
+        [
+            (_consume, (out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
+                        ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL)),
+            (_produce, (w_desc, x_desc, w_smem, x_smem, full, empty, out_dim, steps,
+                        ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL)),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
 
-    With LORA, stages of s and B follow those of x and W (hopper_lora): b_desc … fourth from `_arguments`.
-    """
+
+@gluon.jit
+def _ring(dtype: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+          GATED: gl.constexpr):  # fmt: skip
+    """Shared memory for tiles of W and x, and the barriers of its stages."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    dtype: gl.constexpr = out.dtype.element_ty
     MATRICES: gl.constexpr = 2 if GATED else 1
     w_smem = gl.allocate_shared_memory(dtype, [STAGES * DEPTH * MATRICES, ROWS, 64], layout)
     x_smem = gl.allocate_shared_memory(dtype, [STAGES * DEPTH, TOKENS, 64], layout)
@@ -66,29 +80,76 @@ def _skinny_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    if LORA:
-        adapters = (b_desc, s_desc, counts, blocks, rank_stride, tile, second, third, fourth)
-        gl.warp_specialize(
-            [
-                (consume, (out, workspace, arrivals, counts, w_smem, x_smem, full, empty, count, out_dim, steps,
-                           out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LORA, PDL)),
-                (produce, (w_desc, x_desc, adapters, w_smem, x_smem, full, empty, out_dim, steps,
-                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, LORA, PDL)),
-            ],
-            [1],
-            [56],
-        )  # fmt: skip
+    return w_smem, x_smem, full, empty
+
+
+@gluon.jit
+def _consume(out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
+             ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+             SPLITS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    consume(out, workspace, arrivals, None, w_smem, x_smem, full, empty, gl.program_id(0), count, out_dim, steps,
+            out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, 0, PDL)  # fmt: skip
+
+
+@gluon.jit
+def _produce(w_desc, x_desc, w_smem, x_smem, full, empty, out_dim, steps,
+             ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+             SPLITS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    produce(w_desc, x_desc, None, w_smem, x_smem, full, empty, gl.program_id(0), out_dim, steps,
+            ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, 0, PDL)  # fmt: skip
+
+
+@relaunched
+@gluon.jit(do_not_specialize=["count", "steps", "folds", "fold_parts", "fold_steps"])
+def _skinny_lora_kernel(
+    w_desc, x_desc, out, workspace, arrivals, count, out_dim, steps, out_stride,
+    a_desc, b_desc, s_desc, s, s_stride, sums, fold_arrivals, ready, counts, blocks, token_slots, token_weights,
+    rank_stride, second, third, fourth, folds, fold_parts, fold_steps,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    GATED: gl.constexpr, RESIDUAL: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The first `folds` programs compute s (hopper_fold), the others are those of _skinny_kernel, and add s B."""
+    w_smem, x_smem, full, empty = _ring(out.dtype.element_ty, ROWS, TOKENS, DEPTH, STAGES, GATED)
+    adapters = (b_desc, s_desc, ready, counts, blocks, rank_stride, second, third, fourth)
+    fold = (a_desc, s, s_stride, sums, fold_arrivals, ready, counts, blocks, token_slots, token_weights, rank_stride,
+            folds, fold_parts, fold_steps)  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume_lora, (out, workspace, arrivals, fold, w_smem, x_smem, full, empty, count, out_dim, steps,
+                             out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PARTS, M, PDL)),
+            (_produce_lora, (w_desc, x_desc, adapters, fold, w_smem, x_smem, full, empty, out_dim, steps,
+                             ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PARTS, PDL)),
+        ],
+        [1],
+        [56],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _consume_lora(out, workspace, arrivals, fold, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
+                  ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+                  SPLITS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, PARTS: gl.constexpr,
+                  M: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    _, _, _, _, _, _, counts, _, _, _, _, folds, _, _ = fold
+    program = gl.program_id(0) - folds
+    if program < 0:
+        consume_fold(fold, w_smem, x_smem, full, empty, TOKENS, DEPTH, STAGES, 2 if GATED else 1, PARTS, M, PDL)
     else:
-        gl.warp_specialize(
-            [
-                (consume, (out, workspace, arrivals, None, w_smem, x_smem, full, empty, count, out_dim, steps,
-                           out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LORA, PDL)),
-                (produce, (w_desc, x_desc, None, w_smem, x_smem, full, empty, out_dim, steps,
-                           ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, LORA, PDL)),
-            ],
-            [1],
-            [40],
-        )  # fmt: skip
+        consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, program, count, out_dim, steps,
+                out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PARTS, PDL)  # fmt: skip
+
+
+@gluon.jit
+def _produce_lora(w_desc, x_desc, adapters, fold, w_smem, x_smem, full, empty, out_dim, steps,
+                  ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+                  SPLITS: gl.constexpr, GATED: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    _, _, _, _, _, _, _, _, _, _, _, folds, _, _ = fold
+    program = gl.program_id(0) - folds
+    if program < 0:
+        produce_fold(x_desc, fold, w_smem, x_smem, full, empty, TOKENS, DEPTH, STAGES, 2 if GATED else 1, PARTS, PDL)
+    else:
+        produce(w_desc, x_desc, adapters, w_smem, x_smem, full, empty, program, out_dim, steps,
+                ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PARTS, PDL)  # fmt: skip
 
 
 def _tokens(rows: int) -> int:
@@ -124,28 +185,18 @@ def takes_lora(x: Tensor, weight: Tensor, factors: SlotFactors) -> bool:
     return takes(x, weight) and fits and parts and factors.b.is_contiguous()
 
 
-def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool) -> dict[str, int]:
+def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool, *, alone: bool = True) -> dict[str, int]:
     """Rows of W in a tile (of each matrix), tiles and stages of the ring, parts along `in`. A W of few tiles is parted
-    until every multiprocessor has a program, whose ring fills its memory; of more tiles, two programs share one."""
+    until every multiprocessor has a program, whose ring fills its memory if it is `alone`; else two programs share a
+    multiprocessor."""
     tokens, matrices, tiles = _tokens(rows), 2 if gated else 1, cdiv(out_dim, 64)
     is_small = not gated and tiles <= _PROGRAMS
     splits = 1
     while is_small and splits < 4 and tiles * splits * 2 <= _PROGRAMS and in_dim >= 2048 * splits:
         splits *= 2
-    memory = (_WHOLE if is_small else _HALF) - 64 * tokens * 4
+    memory = (_WHOLE if is_small and alone else _HALF) - 64 * tokens * 4
     stages = memory // (2 * (64 * matrices + tokens) * 128)
     return {"ROWS": 64, "DEPTH": 2, "STAGES": max(2, stages), "SPLITS": splits}
-
-
-def _arguments(lora: Folded | None, tokens: int) -> tuple[Any, ...]:
-    """What the kernel takes of adapters: B in boxes of a rank block, s, the blocks in use, where the parts begin."""
-    if lora is None:
-        return (None,) * 9
-    ranks, out_dim = lora.b.shape
-    b_desc = TensorDescriptor(lora.b, [ranks, out_dim], [out_dim, 1], [RANK_BLOCK, _WIDTH], _TILE)
-    s_desc = TensorDescriptor(lora.s, list(lora.s.shape), list(lora.s.stride()), [tokens, _WIDTH], _TILE)
-    starts = [*accumulate(lora.widths[:-1]), out_dim, out_dim, out_dim][:3]
-    return (b_desc, s_desc, lora.tiles.counts, lora.tiles.blocks, lora.rank_stride, lora.tiles.tile, *starts)
 
 
 def skinny_linear_hopper(
@@ -163,21 +214,59 @@ def skinny_linear_hopper(
     out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, out_dim) if residual is None else residual
     tokens = _tokens(rows)
-    assert lora is None or not gated or lora.widths in ((out_dim, out_dim), (2 * out_dim,)), lora.widths
-    cut = choose_cut(rows, out_dim, in_dim, gated) if cut is None else cut
+    cut = choose_cut(rows, out_dim, in_dim, gated, alone=lora is None) if cut is None else cut
     splits = 1 if arrivals is None else cut["SPLITS"]
     tiles = cdiv(out_dim, cut["ROWS"])
     assert arrivals is None or arrivals.numel() >= tiles, (arrivals.shape, tiles)
     workspace = out if splits == 1 else x.new_empty(splits, rows, out_dim, dtype=torch.float32)
     w_desc = TensorDescriptor(weight, list(weight.shape), [in_dim, 1], [cut["ROWS"], _WIDTH], _TILE)
     x_desc = TensorDescriptor(x, [rows, in_dim], [x.stride(0), 1], [tokens, _WIDTH], _TILE)
-    steps = cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits)
     overlap = overlaps(x)
-    options = {"launch_pdl": True} if overlap else {}  # others than NVIDIA's do not know it
-    _skinny_kernel[(tiles * splits,)](
-        w_desc, x_desc, out, workspace, out if arrivals is None else arrivals, rows, out_dim, steps, out.stride(0),
-        *_arguments(lora, tokens), ROWS=cut["ROWS"], TOKENS=tokens, DEPTH=cut["DEPTH"], STAGES=cut["STAGES"],
-        SPLITS=splits, GATED=gated, RESIDUAL=residual is not None, LORA=lora is not None, PDL=overlap,
-        num_warps=4, maxnreg=_registers(cut["ROWS"] * tokens * (2 if gated else 1), splits), **options,
+    arguments = (
+        w_desc, x_desc, out, workspace, out if arrivals is None else arrivals, rows, out_dim,
+        cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits), out.stride(0),
+    )  # fmt: skip
+    constants = {
+        **cut, "TOKENS": tokens, "SPLITS": splits, "GATED": gated, "RESIDUAL": residual is not None, "PDL": overlap,
+        "num_warps": 4, "maxnreg": _registers(cut["ROWS"] * tokens * (2 if gated else 1), splits),
+    }  # fmt: skip
+    if overlap:
+        constants["launch_pdl"] = True  # others than NVIDIA's do not know it
+    if lora is None:
+        _skinny_kernel[(tiles * splits,)](*arguments, **constants)
+        return out
+    assert not gated or lora.widths in ((out_dim, out_dim), (2 * out_dim,)), lora.widths
+    most, per_row = lora.tiles.blocks.shape[1], lora.tiles.token_slots.shape[1]
+    parts = len(lora.widths)
+    folds, fold_parts = _choose_fold(cdiv(most, 4) * parts, in_dim)
+    constants |= {"PARTS": parts, "M": per_row}
+    _skinny_lora_kernel[(folds + tiles * splits,)](
+        *arguments, *_fold_arguments(x, lora, tokens, fold_parts), folds, fold_parts,
+        cdiv(in_dim, _WIDTH * cut["DEPTH"] * fold_parts), **constants,
     )  # fmt: skip
     return out
+
+
+def _choose_fold(units: int, in_dim: int) -> tuple[int, int]:
+    """(how many programs compute s, into how many parts along `in` they cut a unit): enough to be done before the
+    others come to it, and no more, for they come before the others, whose copies of W should begin early."""
+    parts = max(1, min(16, in_dim // 512))
+    return min(units * parts, _FOLDS), parts
+
+
+def _fold_arguments(x: Tensor, lora: Folded, tokens: int, fold_parts: int) -> tuple[Any, ...]:
+    """What the kernel takes of adapters: A, B and s in boxes, where sums lie on the way, what the tokens use, where the
+    parts begin."""
+    tiles, parts = lora.tiles, len(lora.widths)
+    units = cdiv(tiles.blocks.shape[1], 4)
+    ranks, out_dim = lora.b.shape
+    s = x.new_empty(parts * tokens, units * _WIDTH)
+    sums = tiles.token_weights.new_empty(units * parts * fold_parts * _WIDTH * tokens)
+    a_desc = TensorDescriptor(lora.a, list(lora.a.shape), [lora.a.shape[1], 1], [RANK_BLOCK, _WIDTH], _TILE)
+    b_desc = TensorDescriptor(lora.b, [ranks, out_dim], [out_dim, 1], [RANK_BLOCK, _WIDTH], _TILE)
+    s_desc = TensorDescriptor(s, list(s.shape), [s.shape[1], 1], [tokens, _WIDTH], _TILE)
+    starts = [*accumulate(lora.widths[:-1]), out_dim, out_dim, out_dim][:3]
+    return (
+        a_desc, b_desc, s_desc, s, s.stride(0), sums, lora.arrivals, lora.ready, tiles.counts, tiles.blocks,
+        tiles.token_slots, tiles.token_weights, lora.rank_stride, *starts,
+    )  # fmt: skip

@@ -1,9 +1,9 @@
-"""What the warps of skinny.hopper do for adapters: y += s B in further steps of the ring, onto the same sums.
+"""How skinny.hopper adds adapters to a product with W: y += s B in further steps of the ring, onto the same sums.
 
-A step takes 64 DEPTH (gated: half as many) of the ranks that the tokens' adapters use, dense (see lora.fold). Where an
-earlier step had its tiles of x and W lie tiles of s [TOKENS, 64 ranks] and of B [64 ranks, 64 columns], the latter
-copied in boxes of 16 ranks, one a rank block. Gated: s and B of both halves. All that is read here was written in this
-step, so nothing before the wait.
+A step takes 64 DEPTH (gated: half as many) of the ranks that the tokens' adapters use, dense (see hopper_fold). Where
+an earlier step had its tiles of x and W lie tiles of s [TOKENS, 64 ranks] and of B [64 ranks, 64 columns], the latter
+copied in boxes of 16 ranks, one a rank block. Gated: s and B of both halves. s is there once `ready` says so: the
+programs that compute it do so while W streams.
 
 A part of `in` other than the first has no such steps: were blocks shared among the parts, the order of a token's sums
 would depend on its neighbours' blocks. A product whose tokens have no adapter has none at all.
@@ -12,6 +12,7 @@ would depend on its neighbours' blocks. A product whose tokens have no adapter h
 from __future__ import annotations
 
 from specserve_kernels.language import triton
+from specserve_kernels.skinny.hopper_fold import fence_copies
 
 try:
     from triton.experimental import gluon
@@ -22,12 +23,12 @@ except ImportError:  # importing works everywhere, launching only where there is
 
 
 @gluon.jit
-def adapter_steps(counts, DEPTH: gl.constexpr, SPLITS: gl.constexpr, GATED: gl.constexpr):
+def adapter_steps(counts, program, DEPTH: gl.constexpr, SPLITS: gl.constexpr, GATED: gl.constexpr):
     """(rank blocks in use, this program's steps for them)."""
     count = gl.load(counts)
     steps = gl.cdiv(count, 4 * DEPTH // (2 if GATED else 1))
     if SPLITS > 1:
-        steps = gl.where(gl.program_id(0) % SPLITS == 0, steps, 0)
+        steps = gl.where(program % SPLITS == 0, steps, 0)
     return count, steps
 
 
@@ -43,23 +44,33 @@ def _rank_rows(blocks, first, count, rank_stride, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of_s(column, tile, second, third, fourth):
+def _rows_of_s(column, second, third, fourth, TOKENS: gl.constexpr):
     """The first row of s for the part that a column of y belongs to."""
-    return ((column >= second).to(gl.int32) + (column >= third).to(gl.int32) + (column >= fourth).to(gl.int32)) * tile
+    return ((column >= second).to(gl.int32) + (column >= third).to(gl.int32) + (column >= fourth).to(gl.int32)) * TOKENS
 
 
 @gluon.jit
-def produce_adapters(adapters, w_smem, x_smem, full, empty, out_dim, steps, TOKENS: gl.constexpr, SPLITS: gl.constexpr,
-                     DEPTH: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr):  # fmt: skip
+def _wait_for(ready, units):
+    """Until so many units of s are there."""
+    there = gl.atomic_add(ready, 0, sem="acquire", scope="gpu")
+    while there < units:
+        there = gl.atomic_add(ready, 0, sem="acquire", scope="gpu")
+    fence_copies()
+
+
+@gluon.jit
+def produce_adapters(adapters, w_smem, x_smem, full, empty, program, out_dim, steps, TOKENS: gl.constexpr,
+                     SPLITS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
+                     PARTS: gl.constexpr):  # fmt: skip
     """The copying warp, after W's `steps` steps."""
     MATRICES: gl.constexpr = 2 if GATED else 1
     BLOCKS: gl.constexpr = 4 * DEPTH // MATRICES
-    b_desc, s_desc, counts, blocks, rank_stride, tile, second, third, fourth = adapters
+    b_desc, s_desc, ready, counts, blocks, rank_stride, second, third, fourth = adapters
     b_smem = w_smem._reinterpret(w_smem.dtype, [STAGES * DEPTH * MATRICES * 4, 16, 64], w_smem.layout)
-    column = gl.program_id(0) // SPLITS * 64
-    s_row = _rows_of_s(column, tile, second, third, fourth)
-    up_row = _rows_of_s(out_dim + column, tile, second, third, fourth)
-    count, more = adapter_steps(counts, DEPTH, SPLITS, GATED)
+    column = program // SPLITS * 64
+    s_row = _rows_of_s(column, second, third, fourth, TOKENS)
+    up_row = _rows_of_s(out_dim + column, second, third, fourth, TOKENS)
+    count, more = adapter_steps(counts, program, DEPTH, SPLITS, GATED)
     for further in range(more):
         rows = _rank_rows(blocks, further * BLOCKS, count, rank_stride, BLOCKS)
         step = steps + further
@@ -67,17 +78,20 @@ def produce_adapters(adapters, w_smem, x_smem, full, empty, out_dim, steps, TOKE
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
         mbarrier.expect(bar, BLOCKS * MATRICES * 2048 + DEPTH * TOKENS * 128)
-        for i in gl.static_range(DEPTH // MATRICES):
-            rank = (further * (DEPTH // MATRICES) + i) * 64
-            place = stage * DEPTH + i * MATRICES
-            tma.async_copy_global_to_shared(s_desc, [s_row, rank], bar, x_smem.index(place))
-            if GATED:
-                tma.async_copy_global_to_shared(s_desc, [up_row, rank], bar, x_smem.index(place + 1))
         for i in gl.static_range(BLOCKS):
             place = (stage * DEPTH + i // 4) * MATRICES * 4 + i % 4
             tma.async_copy_global_to_shared(b_desc, [rows[i], column], bar, b_smem.index(place))
             if GATED:
                 tma.async_copy_global_to_shared(b_desc, [rows[i], out_dim + column], bar, b_smem.index(place + 4))
+        if further == 0:
+            _wait_for(ready, gl.cdiv(count, 4) * PARTS)
+        for i in gl.static_range(DEPTH // MATRICES):
+            rank = (further * (DEPTH // MATRICES) + i) * 64
+            rank = gl.where(rank < count * 16, rank, 1 << 30)  # behind the last: zeros, whatever s holds there
+            place = stage * DEPTH + i * MATRICES
+            tma.async_copy_global_to_shared(s_desc, [s_row, rank], bar, x_smem.index(place))
+            if GATED:
+                tma.async_copy_global_to_shared(s_desc, [up_row, rank], bar, x_smem.index(place + 1))
 
 
 @gluon.jit

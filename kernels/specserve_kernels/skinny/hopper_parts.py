@@ -34,13 +34,13 @@ def _copy_x(x_desc, x_smem, bar, column, stage, DEPTH: gl.constexpr):
 
 
 @gluon.jit
-def produce(w_desc, x_desc, adapters, w_smem, x_smem, full, empty, out_dim, steps,
+def produce(w_desc, x_desc, adapters, w_smem, x_smem, full, empty, program, out_dim, steps,
             ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
-            SPLITS: gl.constexpr, GATED: gl.constexpr, LORA: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+            SPLITS: gl.constexpr, GATED: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """The copying warp. Columns of x and W beyond the end arrive as zeros."""
     bytes: gl.constexpr = DEPTH * ((2 if GATED else 1) * ROWS + TOKENS) * 128
-    row = gl.program_id(0) // SPLITS * ROWS
-    column = gl.program_id(0) % SPLITS * steps * (64 * DEPTH)
+    row = program // SPLITS * ROWS
+    column = program % SPLITS * steps * (64 * DEPTH)
     filled = gl.minimum(steps, STAGES)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -59,8 +59,10 @@ def produce(w_desc, x_desc, adapters, w_smem, x_smem, full, empty, out_dim, step
         mbarrier.expect(bar, bytes)
         _copy_w(w_desc, w_smem, bar, row, column + step * (64 * DEPTH), stage, out_dim, DEPTH, GATED)
         _copy_x(x_desc, x_smem, bar, column + step * (64 * DEPTH), stage, DEPTH)
-    if LORA:
-        produce_adapters(adapters, w_smem, x_smem, full, empty, out_dim, steps, TOKENS, SPLITS, DEPTH, STAGES, GATED)
+    if PARTS > 0:
+        produce_adapters(
+            adapters, w_smem, x_smem, full, empty, program, out_dim, steps, TOKENS, SPLITS, DEPTH, STAGES, GATED, PARTS
+        )
 
 
 @gluon.jit
@@ -89,9 +91,9 @@ def _finish(first, second, GATED: gl.constexpr):
 
 
 @gluon.jit
-def _add_parts(y, workspace, arrival, inside, place, size, SPLITS: gl.constexpr):
+def _add_parts(y, workspace, arrival, inside, place, size, program, SPLITS: gl.constexpr):
     """Store this part's sums. The last to arrive: all parts' sum, and True."""
-    gl.store(workspace + gl.program_id(0) % SPLITS * size + place, y, mask=inside)
+    gl.store(workspace + program % SPLITS * size + place, y, mask=inside)
     gl.thread_barrier()
     last = gl.atomic_add(arrival, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
     if last:
@@ -104,19 +106,19 @@ def _add_parts(y, workspace, arrival, inside, place, size, SPLITS: gl.constexpr)
 
 
 @gluon.jit
-def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
+def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, program, count, out_dim, steps, out_stride,
             ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-            GATED: gl.constexpr, RESIDUAL: gl.constexpr, LORA: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+            GATED: gl.constexpr, RESIDUAL: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     """The computing warps: sums [ROWS, TOKENS] of W xᵀ, then what follows on them."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     # A thread stores 4 neighbours of one row of y, 16 threads 128 bytes.
     STORED: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
     first = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
     second = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
-    if LORA:
+    if PARTS > 0:
         if PDL:
             tl.extra.cuda.gdc_wait()
-        _, more = adapter_steps(counts, DEPTH, SPLITS, GATED)
+        _, more = adapter_steps(counts, program, DEPTH, SPLITS, GATED)
     mbarrier.wait(full.index(0), 0)
     first, second = _multiply(w_smem, x_smem, 0, first, second, DEPTH, STAGES, GATED)
     for step in range(1, steps):
@@ -124,7 +126,7 @@ def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, count
         one, two = _finish(first, second, GATED)
         mbarrier.arrive(empty.index((step - 1) % STAGES))
         first, second = _multiply(w_smem, x_smem, step, one, two, DEPTH, STAGES, GATED)
-    if LORA:
+    if PARTS > 0:
         for further in range(more):
             step = steps + further
             mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
@@ -135,7 +137,7 @@ def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, count
     if GATED:
         y = y / (1.0 + gl.exp(-y)) * up
     y = gl.convert_layout(y, STORED)
-    tile = gl.program_id(0) // SPLITS
+    tile = program // SPLITS
     n = gl.expand_dims(tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORED)), 1)
     token = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, STORED)), 0)
     inside = (n < out_dim) & (token < count)
@@ -143,7 +145,8 @@ def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, count
         tl.extra.cuda.gdc_wait()
     stores = True
     if SPLITS > 1:
-        y, stores = _add_parts(y, workspace, arrivals + tile, inside, token * out_dim + n, count * out_dim, SPLITS)
+        at = token * out_dim + n
+        y, stores = _add_parts(y, workspace, arrivals + tile, inside, at, count * out_dim, program, SPLITS)
     if stores:
         place = out + token * out_stride + n
         if RESIDUAL:

@@ -4,7 +4,7 @@
     residual  y = residual + x Wᵀ                      residual: [rows, out], overwritten with y
     norm      y = rsqrt(mean(x²) + eps) (x * g) Wᵀ     RMSNorm first (g: [in]); its factor is one number a row
     gated     y = silu(x Wgᵀ) * (x Wuᵀ)                W = [Wg; Wu]: [2 out, in]; SwiGLU (Shazeer 2020); y: [rows, out]
-    lora      x Wᵀ + Σ s·B wherever x Wᵀ stands        s, B: what `GroupedLora.fold` leaves of x, where `takes_lora`
+    lora      x Wᵀ + Σ s·B wherever x Wᵀ stands        s = x Aᵀ; of `GroupedLora.fold`, where `takes_lora`
 
 For few rows the time is that of reading W: 2 bytes an element at the memory's speed. So what matters is that W streams
 without a pause: enough bytes in flight, and no gap between two kernels. For the second, a kernel starts while its
@@ -25,7 +25,7 @@ from torch import Tensor
 from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import tl, triton
-from specserve_kernels.lora.fold import Folded
+from specserve_kernels.lora.folded import Folded
 from specserve_kernels.lora.grouped import SlotFactors
 from specserve_kernels.norm import rms_norm, rms_norm_ref
 from specserve_kernels.overlap import overlaps, wait

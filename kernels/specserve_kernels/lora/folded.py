@@ -1,0 +1,27 @@
+"""What a product of few tokens takes of adapters, to add their share itself: y = x Wᵀ + Σ B A x in one launch.
+
+See skinny.hopper_fold for how. Nothing is computed here: the product reads x once for W and once for A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from specserve_kernels.lora.tiles import LoraTiles
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Folded:
+    """One linear's adapters: a [S * P * R, in], b [S * R, out] and the parts' widths as in SlotFactors, whose R is
+    `rank_stride`; `tiles` of one tile. `arrivals` int32 zeros, one for every four blocks of every part, zeros again
+    after each product; `ready` [1] int32, 0 before this one."""
+
+    a: Tensor
+    b: Tensor
+    widths: tuple[int, ...]
+    rank_stride: int
+    tiles: LoraTiles
+    arrivals: Tensor
+    ready: Tensor
