@@ -80,8 +80,8 @@ def _load_kernel(
     width = tl.multiple_of(tl.load(row + 5).to(tl.int32), ALIGN)
     out_features = tl.multiple_of(tl.load(row + 6).to(tl.int32), ALIGN)
     _copy_a(to_a, source_a, rank * in_features, slot_rank * in_features, BLOCK)
-    if rank % 8 == 0:
-        _copy_b(to_b, source_b, tl.multiple_of(rank, 8), slot_rank, width, out_features, RANKS, COLUMNS)
+    if rank % 8 == 0:  # a hint would hold for `rank` in the other branch too
+        _copy_b(to_b, source_b, rank // 8 * 8, slot_rank, width, out_features, RANKS, COLUMNS)
     else:
         _copy_b(to_b, source_b, rank, slot_rank, width, out_features, RANKS, COLUMNS)
 
