@@ -14,7 +14,8 @@ the slots that the rows have at the time a graph is replayed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -23,9 +24,19 @@ from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules
 from specserve_adapters.spec import LinearSpec
 from specserve_kernels.dispatch import backend
 from specserve_kernels.lora.batch import Factors, LoraBatch
+from specserve_kernels.lora.folded import MANY_BLOCKS
 from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora
 from specserve_kernels.lora.load import load_slot
 from specserve_kernels.lora.tiles import RANK_BLOCK
+
+
+class AdapterWork(Enum):
+    """How much the adapters of a batch are: none, some, or so many that products are launched another way."""
+
+    NONE = "none"
+    SOME = "some"
+    MANY = "many"
+
 
 RowAdapters = Sequence[tuple[tuple[int, float], ...]]
 _MAX_BATCHES = 8  # a step of speculation repeats a few shapes: the target's, the first draft pass's, the others'
@@ -145,15 +156,29 @@ class AdapterPool:
         places, blob = unpack(self._staging, len(self._layout), self._store.dtype)
         load_slot(self._store, blob, places, self._layout, slot, round_up(rank, RANK_BLOCK), self._align)
 
-    def device_batch(self, token_rows: Tensor, row_slots: Tensor, row_weights: Tensor) -> GroupedLora:
+    def work(self, row_adapters: Iterable[tuple[tuple[int, float], ...]]) -> AdapterWork:
+        """How much the adapters of these rows are, counted in blocks of ranks of distinct slots."""
+        slots = {slot for adapters in row_adapters for slot, _ in adapters}
+        if not slots:
+            return AdapterWork.NONE
+        blocks = sum(round_up(self._ranks[slot], RANK_BLOCK) // RANK_BLOCK for slot in slots)
+        return AdapterWork.MANY if blocks > MANY_BLOCKS else AdapterWork.SOME
+
+    def device_batch(
+        self, token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, work: AdapterWork = AdapterWork.SOME
+    ) -> GroupedLora:
         """What the linears need to apply adapters to T = len(token_rows) tokens, all of it read on the device.
 
         `token_rows` [T] int64: each token's row; `row_slots` [R, M] int64 (negative: none) and `row_weights` [R, M]
         float32: the row's adapters, a slot named twice counts with the sum. Part of a forward: made inside its graph,
-        so that a replay sees the rows and slots of its own time. Where `grouped` is False, see `make_batch`.
+        so that a replay sees the rows and slots of its own time. `work` is what to expect of them: right for any, fast
+        for this. Where `grouped` is False, see `make_batch`.
         """
         assert self.grouped, "slots lie as make_batch reads them"
-        return grouped_lora(self._slot_factors, self._rank_stride, self.slot_ranks, token_rows, row_slots, row_weights)
+        return grouped_lora(
+            self._slot_factors, self._rank_stride, self.slot_ranks, token_rows, row_slots, row_weights,
+            many=work is AdapterWork.MANY,
+        )  # fmt: skip
 
     def make_batch(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> LoraBatch | None:
         """What the linears need to apply adapters to T = sum(query_lens) tokens, or None if no row has any.

@@ -18,6 +18,8 @@ from specserve.device import Graph, capturing, reserved_memory
 from specserve.runtime.layout import StepLayout, uniform_layout
 from specserve.runtime.model_state import ModelState
 from specserve.runtime.rows import DeviceRows
+from specserve_adapters.pool import AdapterWork
+from specserve_kernels.skinny.linear import MAX_ROWS
 
 SMALL_BUCKETS = (1, 2, 4)
 BUCKET_STEP = 8
@@ -30,9 +32,17 @@ def buckets(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
+def kinds(size: int, *, with_adapters: bool) -> list[AdapterWork]:
+    """What batches of a bucket are captured: without adapters, with some, and with many where products of so few rows
+    add adapters themselves."""
+    if not with_adapters:
+        return [AdapterWork.NONE]
+    return [kind for kind in AdapterWork if kind is not AdapterWork.MANY or size <= MAX_ROWS]
+
+
 def output_bytes(max_rows: int, bytes_per_row: int, *, with_adapters: bool) -> int:
     """What the graphs keep besides the memory that they share: each its own logits."""
-    return sum(buckets(max_rows)) * bytes_per_row * (2 if with_adapters else 1)
+    return bytes_per_row * sum(size * len(kinds(size, with_adapters=with_adapters)) for size in buckets(max_rows))
 
 
 class DecodeGraphs:
@@ -44,30 +54,28 @@ class DecodeGraphs:
         self._max_context = max_context
         self._device = device
         self._layouts: dict[int, StepLayout] = {}  # by bucket; a layout's row_index is its graphs' input
-        self._graphs: dict[tuple[int, bool], Graph] = {}  # (bucket, with adapters)
+        self._graphs: dict[tuple[int, AdapterWork], Graph] = {}  # (bucket, how much adapters are)
         self._current: dict[int, tuple[int, ...]] = {}  # bucket → the rows that its input holds
         self._bucket_of: list[int] = []  # by number of rows
         self.facts: dict[str, float] = {}  # how many graphs, and what they cost at start
 
     @torch.inference_mode()
-    def capture(self, max_rows: int, adapters: Sequence[bool], *, progress: bool) -> None:
-        """One graph a bucket and kind of batch (without and with adapters), the largest first: the others reuse its
-        memory."""
+    def capture(self, max_rows: int, *, with_adapters: bool, progress: bool) -> None:
+        """One graph a bucket and kind of batch, the largest first: the others reuse its memory."""
         sizes = buckets(max_rows)
         self._bucket_of = [next(size for size in sizes if size >= count) for count in range(max_rows + 1)]
         for size in sizes:
             row_index = torch.full((size,), self._rows.padding_row, device=self._device)
             self._layouts[size] = uniform_layout((self._rows.padding_row,) * size, row_index, 1)
             self._current[size] = ()
-        for with_adapters in adapters:
-            self._decode(sizes[-1], with_adapters)  # compiles the kernels
+        for kind in kinds(sizes[-1], with_adapters=with_adapters):
+            self._decode(sizes[-1], kind)  # compiles the kernels
         begin, before = time.perf_counter(), reserved_memory(self._device)
         with capturing(self._device) as pool:
             for size in tqdm(sizes[::-1], desc="Capturing CUDA graphs", disable=not progress):
-                for with_adapters in adapters:
-                    self._decode(size, with_adapters)  # picks the libraries' kernels for this size
-                    work = _bind(self._decode, size, with_adapters)
-                    self._graphs[size, with_adapters] = Graph(work, pool)
+                for kind in kinds(size, with_adapters=with_adapters):
+                    self._decode(size, kind)  # picks the libraries' kernels for this size
+                    self._graphs[size, kind] = Graph(_bind(self._decode, size, kind), pool)
         self.facts = {
             "count": len(self._graphs),
             "seconds": round(time.perf_counter() - begin, 2),
@@ -90,14 +98,15 @@ class DecodeGraphs:
             if count < len(self._current[size]):
                 row_index[count:].fill_(self._rows.padding_row)
             self._current[size] = layout.rows
-        with_adapters = any(self._rows.adapters[row] for row in layout.rows)
-        return self._graphs[size, with_adapters].replay()[:count]
+        kind = self._target.adapter_work(self._rows, layout)
+        graph = self._graphs.get((size, kind)) or self._graphs[size, AdapterWork.SOME]
+        return graph.replay()[:count]
 
-    def _decode(self, size: int, with_adapters: bool) -> Tensor:
+    def _decode(self, size: int, kind: AdapterWork) -> Tensor:
         bounds = (self._max_context,) * size
-        hidden = self._target.forward(self._rows, self._layouts[size], None, bounds, with_adapters=with_adapters)
+        hidden = self._target.forward(self._rows, self._layouts[size], None, bounds, work=kind)
         return self._target.model.compute_logits(hidden)
 
 
-def _bind(decode: Callable[[int, bool], Tensor], size: int, with_adapters: bool) -> Callable[[], Tensor]:
-    return lambda: decode(size, with_adapters)
+def _bind(decode: Callable[[int, AdapterWork], Tensor], size: int, kind: AdapterWork) -> Callable[[], Tensor]:
+    return lambda: decode(size, kind)

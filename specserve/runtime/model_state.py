@@ -13,7 +13,7 @@ from specserve.layers.linear import Linear
 from specserve.models.spec import ModelSpec
 from specserve.runtime.layout import StepLayout
 from specserve.runtime.rows import DeviceRows
-from specserve_adapters.pool import AdapterPool
+from specserve_adapters.pool import AdapterPool, AdapterWork
 from specserve_kernels.attention.paged import AttentionMetadata
 from specserve_kernels.inputs import RowTables, gather_inputs
 
@@ -66,13 +66,13 @@ class ModelState:
         positions: Tensor | None,
         context_bounds: tuple[int, ...],
         *,
-        with_adapters: bool | None = None,
+        work: AdapterWork | None = None,
     ) -> Tensor:
         """Hidden states [T, hidden] of the rows' history at `positions` [T] (None: of each row's last token); their KV
         is written on the way.
 
-        Positions that were never given a block (over-long rows) write to block 0. `with_adapters`: whether to apply
-        the rows' adapters; None: if the host knows that one of the rows has any.
+        Positions that were never given a block (over-long rows) write to block 0. `work`: what to expect
+        of the rows' adapters; None: what the host knows of them.
         """
         tables = RowTables(rows.num_tokens, rows.history, rows.block_tables)
         last_position = self.model.spec.max_model_len - 1
@@ -87,12 +87,16 @@ class ModelState:
             context_bounds=context_bounds,
             block_size=self.block_size,
         )
-        if with_adapters is None:
-            with_adapters = any(rows.adapters[row] for row in layout.rows)
-        lora = self._lora(rows, layout) if with_adapters else None
+        lora = self._lora(rows, layout, self.adapter_work(rows, layout) if work is None else work)
         return self.model.forward(inputs.input_ids, ForwardContext(metadata, self.kv_caches, lora))
 
-    def _lora(self, rows: DeviceRows, layout: StepLayout) -> LoraApplier | None:
+    def adapter_work(self, rows: DeviceRows, layout: StepLayout) -> AdapterWork:
+        """How much the adapters of the step's rows are, by what the host knows."""
+        return self.adapters.work(rows.adapters[row] for row in layout.rows)
+
+    def _lora(self, rows: DeviceRows, layout: StepLayout, work: AdapterWork) -> LoraApplier | None:
+        if work is AdapterWork.NONE:
+            return None
         if self.adapters.grouped:
-            return self.adapters.device_batch(layout.token_rows, rows.adapter_slots, rows.adapter_weights)
+            return self.adapters.device_batch(layout.token_rows, rows.adapter_slots, rows.adapter_weights, work)
         return self.adapters.make_batch([rows.adapters[row] for row in layout.rows], layout.query_lens)

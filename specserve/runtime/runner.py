@@ -97,7 +97,7 @@ class ModelRunner:
     def capture_graphs(self, max_rows: int, max_context: int, *, with_adapters: bool, progress: bool) -> None:
         """Capture a graph of each decode step that may come; from then on those steps are replayed."""
         graphs = DecodeGraphs(self.target, self.rows, max_context, self.device)
-        graphs.capture(max_rows, (False, True) if with_adapters else (False,), progress=progress)
+        graphs.capture(max_rows, with_adapters=with_adapters, progress=progress)
         self.graphs = graphs
 
     def _note_drafts(self, row_index: Tensor, drafts: Drafts) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from specserve_kernels.language import cdiv, power_of_2, tl
 from specserve_kernels.lora.expand import MAX_PARTS, add_kernel, rotate_kernel, silu_kernel
 from specserve_kernels.lora.folded import Folded
-from specserve_kernels.lora.shrink import FEW_TOKENS, shrink, shrink_cut
+from specserve_kernels.lora.shrink import arrivals_of, shrink, shrink_cut
 from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, lora_tiles
 from specserve_kernels.overlap import overlaps
 from specserve_kernels.qkv import HeadWeights
@@ -73,14 +73,13 @@ def grouped_lora_ref(
 class Shrunk:
     """What a linear's shrink leaves for whoever reads the linear's output, once.
 
-    s float32, flat [splits, N * tile, M, parts, rank_stride], `split_stride` elements from one split to the next, to be
-    added in order; `b` and `widths` as in SlotFactors. `tiles` was there before the kernels of this linear began, s is
-    to be waited for (see overlap).
+    s dense [N, parts, tile, K] or compact [N * tile, M, parts, R], of `parts` parts, see `shrink`; `b`, whose R is
+    `rank_stride`, and `widths` as in SlotFactors. `tiles` was there before the kernels of this linear began, s is to be
+    waited for (see overlap).
     """
 
     s: Tensor
-    splits: int
-    split_stride: int
+    dense: bool
     parts: int
     rank_stride: int
     b: Tensor
@@ -98,7 +97,7 @@ class Shrunk:
         blocks = sum([-(-width // (columns * loops)) for width in self.widths])
         add_kernel[(blocks, tiles.blocks.shape[0])](
             y, self.b, self.s, tiles.token_slots, tiles.counts, tiles.blocks,
-            *widths, self.num_tokens, tiles.blocks.shape[1], self.rank_stride, self.split_stride,
+            *widths, self.num_tokens, tiles.blocks.shape[1], self.rank_stride, self.s.shape[-1],
             self.b.shape[1], y.stride(0), **constants,
         )  # fmt: skip
 
@@ -112,7 +111,7 @@ class Shrunk:
         tiles = self.tiles
         silu_kernel[(-(-size // (columns * loops)), tiles.blocks.shape[0])](
             gate_up, self.b, self.s, out, tiles.token_slots, tiles.counts, tiles.blocks,
-            size, tokens, tiles.blocks.shape[1], self.rank_stride, self.split_stride, self.b.shape[1], **constants,
+            size, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.shape[-1], self.b.shape[1], **constants,
         )  # fmt: skip
         return out
 
@@ -130,7 +129,7 @@ class Shrunk:
         weight, eps = norm or (None, None)
         rotate_kernel[((heads + 2 * kv_heads) // loops, tiles.blocks.shape[0])](
             qkv, self.b, self.s, tiles.token_slots, tiles.counts, tiles.blocks, cos, sin, weight, eps, slot_mapping,
-            q, k_cache, v_cache, *widths, tokens, tiles.blocks.shape[1], self.rank_stride, self.split_stride,
+            q, k_cache, v_cache, *widths, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.shape[-1],
             self.b.shape[1], k_cache.stride(0), v_cache.stride(0), FINITE=finite, **constants,
         )  # fmt: skip
         return q
@@ -138,7 +137,7 @@ class Shrunk:
     def _traits(self, pdl: bool) -> _Traits:
         tiles = self.tiles
         return _Traits(
-            self.num_tokens, tiles.token_slots.shape[1], tiles.tile, self.parts, self.splits, self.rank_stride,
+            self.num_tokens, tiles.token_slots.shape[1], tiles.tile, self.parts, self.dense, self.rank_stride,
             self.dtype, pdl,
         )  # fmt: skip
 
@@ -150,7 +149,7 @@ class _Traits(NamedTuple):
     per_row: int
     tile: int
     parts: int
-    splits: int
+    dense: bool
     rank_stride: int
     dtype: torch.dtype
     pdl: bool
@@ -158,26 +157,20 @@ class _Traits(NamedTuple):
 
 def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
     """Ranks at once: a prompt's tile seldom has more than one adapter's."""
-    wide = _FACTORS[traits.dtype] == tl.float32
-    ranks = 16 if wide and traits.tile < 64 else 32
-    if traits.num_tokens > FEW_TOKENS:
-        most = 32 if wide else most_ranks
-        ranks = min(most, power_of_2(traits.rank_stride))
+    factor = _FACTORS[traits.dtype]
+    most = 64 if traits.dense else min(most_ranks, power_of_2(traits.rank_stride))
     return {
-        "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "SPLITS": traits.splits,
-        "RANKS": ranks, "FACTOR": _FACTORS[traits.dtype], "PRECISION": _PRECISIONS[traits.dtype],
-        "PDL": traits.pdl, "num_warps": 4 if traits.tile < 64 else 8, "launch_pdl": traits.pdl,
+        "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "DENSE": traits.dense,
+        "RANKS": min(most, 32) if factor == tl.float32 else most, "FACTOR": factor,
+        "PRECISION": _PRECISIONS[traits.dtype], "PDL": traits.pdl, "num_warps": 4, "launch_pdl": traits.pdl,
     }  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def _column_constants(traits: _Traits) -> tuple[int, int, Mapping[str, object]]:
     """(columns at once, how often in a program, the kernel's constants)."""
-    if traits.num_tokens <= FEW_TOKENS:
-        return 64, 1, _common_constants(traits, 32) | {"COLUMNS": 64, "LOOPS": 1}
-    # Registers for two programs on a multiprocessor, where they suffice: one reads while the other multiplies.
-    few_registers = {"maxnreg": 128} if traits.splits <= 2 else {}
-    return 64, 4, _common_constants(traits, 64) | {"COLUMNS": 64, "LOOPS": 4} | few_registers
+    columns, loops = (32, 1) if traits.dense else (64, 4)
+    return columns, loops, _common_constants(traits, 64) | {"COLUMNS": columns, "LOOPS": loops}
 
 
 @lru_cache(maxsize=1024)
@@ -186,7 +179,7 @@ def _rotate_constants(
 ) -> tuple[int, Mapping[str, object]]:
     """(heads of a program, which are all of one part; the kernel's constants)."""
     assert len(widths) <= 3 and not any(width % head_dim for width in widths), (widths, head_dim)
-    loops = 1 if traits.num_tokens <= FEW_TOKENS else 4
+    loops = 1 if traits.dense else 4
     while any(number % loops for number in (kv_heads, *[width // head_dim for width in widths])):
         loops //= 2
     block = max(16, power_of_2(head_dim // 2))
@@ -202,20 +195,21 @@ class GroupedLora:
     rank_stride: int
     tiles: LoraTiles
     num_tokens: int
-    counters: Tensor | None  # of `fold`, where one tile holds all tokens: zeros, `ready` of each linear, then arrivals
+    many: bool  # rank blocks are expected, as Folded says
+    counters: Tensor  # zeros: `ready` of each linear for `fold`, then the arrivals of either
 
     @property
     def foldable(self) -> bool:
         """Whether there are so few tokens that products may add adapters themselves."""
-        return self.counters is not None
+        return self.tiles.counts.shape[0] == 1
 
     def fold(self, linear_index: int, x: Tensor) -> Folded:
         """What the product of linear `linear_index` takes to add its adapters itself, once a forward."""
         a, b, widths = self.linears[linear_index]
         assert x.shape == (self.num_tokens, a.shape[1]) and x.dtype == a.dtype, (x.shape, x.dtype, a.shape)
-        assert self.counters is not None, self.num_tokens
+        assert self.foldable, self.num_tokens
         ready, arrivals = self.counters[linear_index : linear_index + 1], self.counters[len(self.linears) :]
-        return Folded(a, b, widths, self.rank_stride, self.tiles, arrivals, ready)
+        return Folded(a, b, widths, self.rank_stride, self.tiles, self.many, arrivals, ready)
 
     def update(self, linear_index: int, x: Tensor) -> Shrunk:
         """What the adapters add to linear `linear_index` of x [T, in_features]: its first half, of x as it is now."""
@@ -223,17 +217,16 @@ class GroupedLora:
         assert x.shape == (self.num_tokens, a.shape[1]) and x.stride(1) == 1, (x.shape, x.stride(), a.shape)
         assert x.dtype == a.dtype, x.dtype
         tiles, parts = self.tiles, len(widths)
-        places, per_row = tiles.token_slots.shape
-        cut = shrink_cut(*x.shape, parts, per_row, tiles.blocks.shape[1], x.dtype, overlaps(x))
-        stride = places * per_row * parts * self.rank_stride
-        s = tiles.token_weights.new_empty(cut.splits * stride)
-        shrink(x, a, s, self.rank_stride, tiles, cut)
-        return Shrunk(s, cut.splits, stride, parts, self.rank_stride, b, widths, tiles, self.num_tokens, x.dtype)
+        cut = shrink_cut(
+            *x.shape, parts, tiles.token_slots.shape[1], tiles.blocks.shape[1], self.rank_stride, x.dtype, overlaps(x)
+        )
+        s = shrink(x, a, self.rank_stride, tiles, self.counters[len(self.linears) :], cut)
+        return Shrunk(s, cut.dense, parts, self.rank_stride, b, widths, tiles, self.num_tokens, x.dtype)
 
 
 def grouped_lora(
     linears: Sequence[SlotFactors], max_rank: int, slot_ranks: Tensor,
-    token_rows: Tensor, row_slots: Tensor, row_weights: Tensor,
+    token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, *, many: bool = False,
 ) -> GroupedLora:  # fmt: skip
     """What T = len(token_rows) tokens use: part of every forward, inside the captured graph.
 
@@ -241,5 +234,5 @@ def grouped_lora(
     """
     tiles = lora_tiles(token_rows, row_slots, row_weights, slot_ranks, max_rank)
     num_tiles, most = tiles.blocks.shape
-    counters = tiles.blocks.new_zeros(len(linears) + MAX_PARTS * cdiv(most, 4)) if num_tiles == 1 else None
-    return GroupedLora(linears, cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK, tiles, token_rows.shape[0], counters)
+    counters = tiles.blocks.new_zeros(len(linears) + arrivals_of(num_tiles, MAX_PARTS, most))
+    return GroupedLora(linears, cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK, tiles, token_rows.shape[0], many, counters)

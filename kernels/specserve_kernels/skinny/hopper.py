@@ -42,7 +42,7 @@ _WIDTH = 64  # columns of a tile: 128 bytes, the widest swizzle
 _HALF = 111 * 1024  # of a multiprocessor's memory: two programs on it
 _WHOLE = 200 * 1024
 _PROGRAMS = 132  # multiprocessors
-_FOLDS = 48  # programs that multiply by A
+_FOLDS, _MANY_FOLDS = 48, 96  # programs that multiply by A
 
 
 @relaunched
@@ -214,7 +214,7 @@ def skinny_linear_hopper(
     out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, out_dim) if residual is None else residual
     tokens = _tokens(rows)
-    cut = choose_cut(rows, out_dim, in_dim, gated, alone=lora is None) if cut is None else cut
+    cut = choose_cut(rows, out_dim, in_dim, gated, alone=lora is None or not lora.many) if cut is None else cut
     splits = 1 if arrivals is None else cut["SPLITS"]
     tiles = cdiv(out_dim, cut["ROWS"])
     assert arrivals is None or arrivals.numel() >= tiles, (arrivals.shape, tiles)
@@ -238,7 +238,7 @@ def skinny_linear_hopper(
     assert not gated or lora.widths in ((out_dim, out_dim), (2 * out_dim,)), lora.widths
     most, per_row = lora.tiles.blocks.shape[1], lora.tiles.token_slots.shape[1]
     parts = len(lora.widths)
-    folds, fold_parts = _choose_fold(cdiv(most, 4) * parts, in_dim)
+    folds, fold_parts = _choose_fold(cdiv(most, 4) * parts, in_dim, many=lora.many)
     constants |= {"PARTS": parts, "M": per_row}
     _skinny_lora_kernel[(folds + tiles * splits,)](
         *arguments, *_fold_arguments(x, lora, tokens, fold_parts), folds, fold_parts,
@@ -247,11 +247,11 @@ def skinny_linear_hopper(
     return out
 
 
-def _choose_fold(units: int, in_dim: int) -> tuple[int, int]:
+def _choose_fold(units: int, in_dim: int, *, many: bool) -> tuple[int, int]:
     """(how many programs compute s, into how many parts along `in` they cut a unit): enough to be done before the
     others come to it, and no more, for they come before the others, whose copies of W should begin early."""
     parts = max(1, min(16, in_dim // 512))
-    return min(units * parts, _FOLDS), parts
+    return min(units * parts, _MANY_FOLDS if many else _FOLDS), parts
 
 
 def _fold_arguments(x: Tensor, lora: Folded, tokens: int, fold_parts: int) -> tuple[Any, ...]:
