@@ -94,7 +94,6 @@ def test_mixed_batches(tokens: int, dtype: torch.dtype, device: torch.device) ->
 def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a prefill takes, with fewer tokens."""
     monkeypatch.setattr(lora_shrink, "FEW_TOKENS", 0)
-    monkeypatch.setattr(lora_grouped, "FEW_TOKENS", 0)
     cached = (lora_shrink.shrink_cut, lora_grouped._column_constants, lora_grouped._rotate_constants)
     for function in cached:
         function.cache_clear()

@@ -1,15 +1,19 @@
 """The second half of a grouped LoRA: the shrunk activations times B, added where a linear's output is read.
 
-    Δ[token, c] = Σ_m Σ_r (Σ_k s[k, token, m, p, r]) · b[slot * R + r, c]
+    Δ[token, c] = Σ_slot Σ_r s[token, slot, p, r] · b[slot * R + r, c]
 
-over the slots of the token, p being the part that column c belongs to; s as `shrink` leaves it. b [S * R, out_features]
-in the model's dtype: row slot * R + r is rank r of a slot over the columns of all parts. Splits are added in order, all
-products in float32, y included, and rounded once. A tile's rank blocks are taken together, with zeros for the tokens
-that do not use them, which leave sums as they are: a token's result does not depend on the others.
+over the slots of the token, p being the part that column c belongs to; s as `shrink` leaves it, DENSE or compact, in
+the dtype of the product. b [S * R, out_features] in the model's dtype: row slot * R + r is rank r of a slot over the
+columns of all parts. All products in float32, y included, and rounded once. A tile's rank blocks are taken together,
+with zeros for the tokens that do not use them, which leave sums as they are: a token's result does not depend on the
+others.
 
     add      y += Δ
     silu     silu(gate + Δ) * (up + Δ)      gate and up: the halves of y, of one part each
     rotate   see qkv.rotate_and_cache, of y + Δ, whose heads belong to one part each
+
+What a program needs of B and of the tiles was there before the kernel in front of it began: it reads that before it
+waits for s and y (see overlap).
 """
 
 from __future__ import annotations
@@ -24,27 +28,21 @@ MAX_PARTS = 4
 
 
 @triton.jit
-def _places(token_slots, blocks, count, done, token, part, rank_stride,
-            M: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
-    """Where the tokens [TILE, 1] have RANKS ranks from block `done` on in s: the row's begin [TILE, RANKS], negative
-    for tokens that do not have them, and the ranks [1, RANKS], in runs of 16 for the loads' sake."""
-    lane = tl.arange(0, RANKS)[None, :]
-    code = tl.load(blocks + done + lane // 16, mask=done + lane // 16 < count, other=-512)
-    slot = tl.where(code < 0, -2, code >> 16)
-    index = token * 0 - 1
-    for m in tl.static_range(M):
-        hit = tl.load(token_slots + token * M + m) == slot
-        index = tl.where(hit, (token * M + m) * PARTS + part, index)
-    return index * rank_stride, ((code >> 8) & 255) * 16 + lane % 16
-
-
-@triton.jit
-def _shrunk(s, rows, ranks, split_stride, SPLITS: tl.constexpr, FACTOR: tl.constexpr):
-    """s there, the sum of all splits."""
-    total = tl.load(s + (rows + ranks), mask=rows >= 0, other=0.0)
-    for k in tl.static_range(1, SPLITS):
-        total += tl.load(s + k * split_stride + (rows + ranks), mask=rows >= 0, other=0.0)
-    return total.to(FACTOR)
+def _shrunk(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
+            TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
+    """s [TILE, RANKS] of the tile's tokens from block `done` on, zeros where a token does not have a rank."""
+    lane, row = tl.arange(0, RANKS)[None, :], tl.arange(0, TILE)[:, None]
+    if DENSE:
+        return tl.load(s + ((tile * PARTS + part) * TILE + row) * s_stride + done * 16 + lane)
+    else:
+        block, token = done + lane // 16, tile * TILE + row
+        code = tl.load(blocks + block, mask=block < count, other=-131072)  # of slot -2, which nobody has
+        begin = token * 0 - 1
+        for m in tl.static_range(M):
+            hit = tl.load(token_slots + token * M + m) == (code >> 16)
+            begin = tl.where(hit, (token * M + m) * PARTS + part, begin)
+        at = begin * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
+        return tl.load(s + at, mask=begin >= 0, other=0.0)
 
 
 @triton.jit
@@ -58,18 +56,16 @@ def _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANK
 
 
 @triton.jit
-def _delta(shrunk, factors, b, column, inside, s, token_slots, blocks, count, token, part,
-           rank_stride, split_stride, b_stride, M: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-           RANKS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _delta(shrunk, factors, s, b, token_slots, blocks, count, tile, part, column, inside, rank_stride, s_stride,
+           b_stride, M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
+           DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first."""
     total = tl.dot(shrunk, factors, input_precision=PRECISION)
-    done = RANKS // 16
-    while done < count:
-        rows, ranks = _places(token_slots, blocks, count, done, token, part, rank_stride, M, PARTS, RANKS)
-        more = _shrunk(s, rows, ranks, split_stride, SPLITS, FACTOR)
+    for done in tl.range(RANKS // 16, count, RANKS // 16, num_stages=3 if DENSE else 1):
+        more = _shrunk(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS,
+                       DENSE)  # fmt: skip
         factors = _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS, FACTOR)
         total = tl.dot(more, factors, total, input_precision=PRECISION)
-        done += RANKS // 16
     return total
 
 
@@ -90,9 +86,9 @@ def _part_of_block(block, w0, w1, w2, w3, COLUMNS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens", "most"])
 def add_kernel(
     y, b, s, token_slots, counts, blocks,
-    w0, w1, w2, w3, num_tokens, most, rank_stride, split_stride, b_stride, y_stride,
-    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr, LOOPS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    w0, w1, w2, w3, num_tokens, most, rank_stride, s_stride, b_stride, y_stride,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+    LOOPS: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y += Δ: a tile and LOOPS times COLUMNS columns of one part a program."""
     tile = tl.program_id(1)
@@ -101,104 +97,110 @@ def add_kernel(
     c = first + tl.arange(0, COLUMNS)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     factors = _factors(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
-    rows, ranks = _places(token_slots, blocks, count, 0, token, part, rank_stride, M, PARTS, RANKS)
     wait(PDL)
     if count == 0:
         return
-    shrunk = _shrunk(s, rows, ranks, split_stride, SPLITS, FACTOR)
+    at, inside = y + (token * y_stride + start + c), (token < num_tokens) & (c < width)
+    base = tl.load(at, mask=inside, other=0.0)
+    shrunk = _shrunk(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
     for loop in range(LOOPS):
-        c = first + loop * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        at, inside = y + (token * y_stride + start + c), (token < num_tokens) & (c < width)
-        base = tl.load(at, mask=inside, other=0.0)
-        if LOOPS > 1:
-            factors = _factors(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
-        delta = _delta(shrunk, factors, b, start + c, c < width, s, token_slots, blocks, count, token, part,
-                       rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
+        # What the next columns need is on its way while these are computed.
+        next_c = c + COLUMNS
+        next_inside = (token < num_tokens) & (next_c < width) & (loop + 1 < LOOPS)
+        next_base = tl.load(at + COLUMNS, mask=next_inside, other=0.0)
+        next_factors = _factors(b, blocks, count, 0, start + next_c, (next_c < width) & (loop + 1 < LOOPS),
+                                rank_stride, b_stride, RANKS, FACTOR)  # fmt: skip
+        delta = _delta(shrunk, factors, s, b, token_slots, blocks, count, tile, part, start + c, c < width, rank_stride,
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
         tl.store(at, (base.to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
+        at, c, inside, base, factors = at + COLUMNS, next_c, next_inside, next_base, next_factors
 
 
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"])
 def silu_kernel(
     y, b, s, out, token_slots, counts, blocks,
-    size, num_tokens, most, rank_stride, split_stride, b_stride,
-    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
-    COLUMNS: tl.constexpr, LOOPS: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    size, num_tokens, most, rank_stride, s_stride, b_stride,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+    LOOPS: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, size] of y [T, 2 * size]: a tile and LOOPS times COLUMNS results a program."""
     tile = tl.program_id(1)
     count, blocks = tl.load(counts + tile), blocks + tile * most
-    first = tl.program_id(0) * (COLUMNS * LOOPS)
-    c = first + tl.arange(0, COLUMNS)[None, :]
+    c = tl.program_id(0) * (COLUMNS * LOOPS) + tl.arange(0, COLUMNS)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     gates = _factors(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
     ups = _factors(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
-    gate_rows, ranks = _places(token_slots, blocks, count, 0, token, 0, rank_stride, M, PARTS, RANKS)
-    up_rows, _ = _places(token_slots, blocks, count, 0, token, PARTS - 1, rank_stride, M, PARTS, RANKS)
     wait(PDL)
-    to_gate = _shrunk(s, gate_rows, ranks, split_stride, SPLITS, FACTOR)
-    to_up = _shrunk(s, up_rows, ranks, split_stride, SPLITS, FACTOR)
+    row, inside = y + token.to(tl.int64) * (2 * size), (token < num_tokens) & (c < size)
+    gate, up = tl.load(row + c, mask=inside, other=0.0), tl.load(row + size + c, mask=inside, other=0.0)
+    to_gate = _shrunk(s, token_slots, blocks, count, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
+    to_up = _shrunk(
+        s, token_slots, blocks, count, 0, tile, PARTS - 1, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE
+    )
     for loop in range(LOOPS):
-        c = first + loop * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        at, inside = y + token.to(tl.int64) * (2 * size) + c, (token < num_tokens) & (c < size)
-        gate = tl.load(at, mask=inside, other=0.0)
-        up = tl.load(at + size, mask=inside, other=0.0)
-        if LOOPS > 1:
-            gates = _factors(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
-            ups = _factors(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
-        more = _delta(to_gate, gates, b, c, c < size, s, token_slots, blocks, count, token, 0,
-                      rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
-        gate = gate.to(tl.float32) + more
-        more = _delta(to_up, ups, b, size + c, c < size, s, token_slots, blocks, count, token, PARTS - 1,
-                      rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
-        result = gated(gate, up.to(tl.float32) + more)
-        tl.store(out + token.to(tl.int64) * size + c, result.to(out.dtype.element_ty), mask=inside)
+        next_c = c + COLUMNS
+        more = (next_c < size) & (loop + 1 < LOOPS)
+        next_inside = (token < num_tokens) & more
+        next_gate = tl.load(row + next_c, mask=next_inside, other=0.0)
+        next_up = tl.load(row + size + next_c, mask=next_inside, other=0.0)
+        next_gates = _factors(b, blocks, count, 0, next_c, more, rank_stride, b_stride, RANKS, FACTOR)
+        next_ups = _factors(b, blocks, count, 0, size + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
+        delta = _delta(to_gate, gates, s, b, token_slots, blocks, count, tile, 0, c, c < size, rank_stride, s_stride,
+                       b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+        x = gate.to(tl.float32) + delta
+        delta = _delta(to_up, ups, s, b, token_slots, blocks, count, tile, PARTS - 1, size + c, c < size, rank_stride,
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+        result = gated(x, up.to(tl.float32) + delta).to(out.dtype.element_ty)
+        tl.store(out + token.to(tl.int64) * size + c, result, mask=inside)
+        c, inside, gate, up, gates, ups = next_c, next_inside, next_gate, next_up, next_gates, next_ups
 
 
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"], do_not_specialize_on_alignment=["slot_ptr"])
 def rotate_kernel(
     y, b, s, token_slots, counts, blocks, cos_ptr, sin_ptr, weight_ptr, eps_ptr, slot_ptr, q_ptr, k_ptr, v_ptr,
-    w0, w1, w2, num_tokens, most, rank_stride, split_stride, b_stride, k_stride, v_stride,
-    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr,
+    w0, w1, w2, num_tokens, most, rank_stride, s_stride, b_stride, k_stride, v_stride,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
-    FINITE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    FINITE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile and LOOPS heads of one part a program; BLOCK: half of a head, padded."""
     HALF: tl.constexpr = DIM // 2
     ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
-    tile, first = tl.program_id(1), tl.program_id(0) * LOOPS
+    tile, head = tl.program_id(1), tl.program_id(0) * LOOPS
     count, blocks = tl.load(counts + tile), blocks + tile * most
-    part = (first * DIM >= w0).to(tl.int32) + (first * DIM >= w0 + w1) + (first * DIM >= w0 + w1 + w2)
+    part = (head * DIM >= w0).to(tl.int32) + (head * DIM >= w0 + w1) + (head * DIM >= w0 + w1 + w2)
     column = tl.arange(0, BLOCK)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     inside, half = (token < num_tokens) & (column < HALF), column < HALF
-    at = first * DIM + column
+    is_rotated = head < HEADS + KV_HEADS
+    at, row = head * DIM + column, y + token.to(tl.int64) * ROW
     lows = _factors(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
     highs = _factors(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
-    rows, ranks = _places(token_slots, blocks, count, 0, token, part, rank_stride, M, PARTS, RANKS)
     wait(PDL)
+    low, high = tl.load(row + at, mask=inside, other=0.0), tl.load(row + at + HALF, mask=inside, other=0.0)
+    shrunk = _shrunk(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=0)
-    cos, sin = load_angles(cos_ptr, sin_ptr, token.to(tl.int64), column, inside & (first < HEADS + KV_HEADS), DIM)
-    shrunk = _shrunk(s, rows, ranks, split_stride, SPLITS, FACTOR)
+    cos, sin = load_angles(cos_ptr, sin_ptr, token.to(tl.int64), column, inside & is_rotated, DIM)
     for loop in range(LOOPS):
-        head = first + loop
-        at = head * DIM + column
-        low = tl.load(y + token.to(tl.int64) * ROW + at, mask=inside, other=0.0)
-        high = tl.load(y + token.to(tl.int64) * ROW + at + HALF, mask=inside, other=0.0)
-        if LOOPS > 1:
-            lows = _factors(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
-            highs = _factors(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
-        more = _delta(shrunk, lows, b, at, half, s, token_slots, blocks, count, token, part,
-                      rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
-        low = low.to(tl.float32) + more
-        more = _delta(shrunk, highs, b, at + HALF, half, s, token_slots, blocks, count, token, part,
-                      rank_stride, split_stride, b_stride, M, PARTS, SPLITS, RANKS, FACTOR, PRECISION)  # fmt: skip
-        high = high.to(tl.float32) + more
+        more = half & (loop + 1 < LOOPS)
+        next_at = at + DIM
+        next_low = tl.load(row + next_at, mask=inside & more, other=0.0)
+        next_high = tl.load(row + next_at + HALF, mask=inside & more, other=0.0)
+        next_lows = _factors(b, blocks, count, 0, next_at, more, rank_stride, b_stride, RANKS, FACTOR)
+        next_highs = _factors(b, blocks, count, 0, next_at + HALF, more, rank_stride, b_stride, RANKS, FACTOR)
+        delta = _delta(shrunk, lows, s, b, token_slots, blocks, count, tile, part, at, half, rank_stride, s_stride,
+                       b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+        first = low.to(tl.float32) + delta
+        delta = _delta(shrunk, highs, s, b, token_slots, blocks, count, tile, part, at + HALF, half, rank_stride,
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+        second = high.to(tl.float32) + delta
         is_rotated = head < HEADS + KV_HEADS
         weight_low, weight_high, eps = load_head_weights(weight_ptr, eps_ptr, at, half & is_rotated, HALF)
-        low, high = rotated(
-            low, high, is_rotated, weight_low, weight_high, eps, cos, sin, DIM, weight_ptr is not None, FINITE
+        first, second = rotated(
+            first, second, is_rotated, weight_low, weight_high, eps, cos, sin, DIM, weight_ptr is not None, FINITE
         )
-        store_heads(q_ptr, k_ptr, v_ptr, k_stride, v_stride, low, high, token.to(tl.int64), head, column, slot, inside,
-                    HEADS, KV_HEADS, DIM)  # fmt: skip
+        store_heads(q_ptr, k_ptr, v_ptr, k_stride, v_stride, first, second, token.to(tl.int64), head, column, slot,
+                    inside, HEADS, KV_HEADS, DIM)  # fmt: skip
+        head, at, low, high, lows, highs = head + 1, next_at, next_low, next_high, next_lows, next_highs

@@ -1,15 +1,23 @@
-"""The first half of a grouped LoRA: the activations times the A of each token's adapters, cut along in_features.
+"""The first half of a grouped LoRA: the activations times the A of each token's adapters.
 
-    s[k, token, m, p, r] = weight[token, m] · Σ_{i in split k} x[token, i] · a[(slot * P + p) * R + r, i]
+    s[token, slot, p, r] = weight[token, slot] · Σ_i x[token, i] · a[(slot * P + p) * R + r, i]
 
-for the slot at place m of the token (see `LoraTiles`) and every part p of P. x [T, in_features] and a [S * P * R,
-in_features] in the model's dtype, R a multiple of 16; s float32 [splits, N * tile, M, P, R], written only where a token
-has a slot, up to the slot's rank rounded up to 16. The second half adds the splits in order, which keep a small
-batch's reading of A in many programs. a's rows beyond a rank are not read.
+for every slot of the token (see `LoraTiles`) and every part p of P. x [T, in_features] and a [S * P * R, in_features]
+in the model's dtype, R a multiple of 16; a's rows beyond a rank are not read. s is summed in float32 and rounded once,
+to the dtype in which the second half multiplies. It lies in one of two ways:
 
-Work is handed out in units, a rank block of one part, of the blocks that are live: a graph captured for many slots
-costs what those in use cost. A program takes every so many of them. What it needs of A and of the tiles was there
-before the kernel in front of it began: it reads that before it waits for x (see overlap).
+    dense    [N, P, tile, K]: column 16 j + i is rank i of the tile's j-th block; zeros for the tokens that do not use
+             the block, and up to a multiple of 64 columns. Of few tokens, whose tiles use many slots: who reads s
+             reads whole rows.
+    compact  [N * tile, M, P, R], by the place of the slot among the token's; written only where a token has a slot, up
+             to its rank rounded up to 16. Of many tokens, where the dense form would take much memory.
+
+Work is handed out in groups, four rank blocks of one part, of those that are live: a graph captured for many slots
+costs what those in use cost. All tokens of a tile are multiplied with a group, with tensor cores, whether or not they
+use it: that takes less time than to read A, and no token is looked up. Products are parted along in_features, to have
+many programs read at once; the one that is done last with a group adds the parts, in their order, so that the result
+does not depend on who was last, and sets the group's counter back to 0. What a program needs of A and of the tiles was
+there before the kernel in front of it began: it reads that before it waits for x (see overlap).
 """
 
 from __future__ import annotations
@@ -23,108 +31,133 @@ from torch import Tensor
 
 from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
-from specserve_kernels.lora.tiles import LoraTiles, tile_size
+from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, tile_size
 
 FEW_TOKENS = 256
-"""Up to so many tokens reading A is what takes time, beyond it is reading x."""
+"""Up to so many tokens s is dense, and reading A is what takes time; beyond it is reading x."""
+GROUP = 4
+"""Rank blocks that are multiplied together."""
+_COLUMNS = tl.constexpr(64)
 _PROGRAMS = 264  # two a multiprocessor
-_USERS = tl.constexpr(16)  # tokens that are multiplied together: the least that the tensor cores take
 
 
 class ShrinkCut(NamedTuple):
-    """How a first product is launched: programs a tile, splits, and the kernel's constants."""
+    """How a shrink is launched: whether s is dense, the shape of s, how many floats one of the parts takes that
+    are to be added, how many there are, programs a tile, and the kernel's constants."""
 
-    few: bool
-    programs: int
+    dense: bool
+    shape: tuple[int, ...]
+    part_size: int
     splits: int
+    programs: int
     constants: Mapping[str, object]
 
 
 @lru_cache(maxsize=1024)
-def shrink_cut(num_tokens: int, in_features: int, parts: int, per_row: int, most_blocks: int, dtype: torch.dtype,
-               pdl: bool) -> ShrinkCut:  # fmt: skip
-    """Few tokens: splits of 512 or 1024 features, in flight all at once. Many: enough splits to fill the device."""
+def shrink_cut(
+    num_tokens: int, in_features: int, parts: int, per_row: int, most_blocks: int, rank_stride: int,
+    dtype: torch.dtype, pdl: bool,
+) -> ShrinkCut:  # fmt: skip
+    """Few tokens: up to 32 parts, and as many programs as the device holds at once. Many: enough to fill it."""
     tile, wide = tile_size(num_tokens), dtype == torch.float32
-    num_tiles, precision = cdiv(num_tokens, tile), "ieee" if wide else "tf32"
-    common: dict[str, object] = {"M": per_row, "MP": power_of_2(per_row), "TILE": tile, "PARTS": parts}
-    common |= {"PRECISION": precision, "PDL": pdl, "launch_pdl": pdl}
-    if num_tokens <= FEW_TOKENS:
-        warps = 4 if num_tokens <= 32 else 8
-        depth = 32 if wide else 128 if in_features > 256 else 64
-        most = 16 if num_tokens <= 32 else 8
-        chunks = cdiv(in_features, warps * depth * most)
-        splits = cdiv(in_features, warps * depth * chunks)
-        programs = min(most_blocks * parts * splits, max(_PROGRAMS // num_tiles, 64))
-        own: dict[str, object] = {"SPLITS": splits, "DEPTH": depth, "CHUNKS": chunks, "WARPS": warps, "num_warps": warps}
-        return ShrinkCut(True, programs, splits, common | own)
-    depth = 32 if wide else 64
-    splits = min(8, max(1, _PROGRAMS // num_tiles), max(1, in_features // 256))
-    span = cdiv(cdiv(in_features, splits), depth) * depth
-    programs = min(cdiv(most_blocks * parts, 4), 4) * splits
-    own = {"SPLITS": splits, "SPAN": span, "DEPTH": depth, "STAGES": 4, "num_warps": 4}
-    return ShrinkCut(False, programs, splits, common | own)
-
-
-def shrink(x: Tensor, a: Tensor, s: Tensor, rank_stride: int, tiles: LoraTiles, cut: ShrinkCut) -> None:
-    """The formula above, of all tokens of `tiles`; s [splits * N * tile * M * P * R] is overwritten."""
-    kernel = _shrink_few_kernel if cut.few else _shrink_many_kernel
-    num_tiles, most = tiles.blocks.shape
-    kernel[(cut.programs, num_tiles)](
-        x, a, s, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
-        x.shape[0], x.shape[1], rank_stride, x.stride(0), s.shape[0] // cut.splits, most, **cut.constants,
-    )  # fmt: skip
-
-
-@triton.jit
-def _rows_of_a(a, code, part, r, rank_stride, in_features, PARTS: tl.constexpr):
-    """Pointers to rank row r of a block, and whether the adapter has it."""
-    first = ((code >> 16).to(tl.int64) * PARTS + part) * rank_stride + ((code >> 8) & 255) * 16
-    return a + (first + r) * in_features, r < (code & 255)
-
-
-@triton.jit
-def _unit(blocks, item, items, a, r, rank_stride, in_features, PARTS: tl.constexpr, SPLITS: tl.constexpr):
-    """Item `item`: its slot, the first of its numbers in a row of s, its split, its rows of A; of none beyond the last
-    item slot -2."""
-    unit = item // SPLITS
-    code = tl.load(blocks + unit // PARTS, mask=item < items, other=-512)
-    rows, live = _rows_of_a(a, code, unit % PARTS, r, rank_stride, in_features, PARTS)
-    first = unit % PARTS * rank_stride + ((code >> 8) & 255) * 16
-    return tl.where(item < items, code >> 16, -2), first, item % SPLITS, rows, live & (item < items)
-
-
-@triton.jit
-def _load_a(rows, live, at, in_features):
-    """[WARPS, 16, DEPTH] of A."""
-    return tl.load(rows[None, :, None] + at, mask=live[None, :, None] & (at < in_features), other=0.0)
-
-
-@triton.jit
-def _load_x(x, token, x_stride, at, in_features):
-    """[WARPS, users, DEPTH] of x."""
-    rows = x + token.to(tl.int64) * x_stride
-    return tl.load(rows[None, :, None] + at, mask=(token >= 0)[None, :, None] & (at < in_features), other=0.0)
-
-
-@triton.jit
-def _users(token_slots, token_weights, slot, tile, chunk, M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr):
-    """Of the tokens of a tile that have `slot` the chunk-th 16: [16], -1 where there are no more; their places of it
-    [16, 1] in [N * tile * M], -1 for none, and weights; and how many there are in all, if more are to come."""
-    token = tile * TILE + tl.arange(0, TILE)
-    m = tl.arange(0, MP)[None, :]
-    if TILE == _USERS:
-        user, count = token, 0
+    num_tiles, groups = cdiv(num_tokens, tile), cdiv(most_blocks, GROUP) * parts
+    dense = num_tokens <= FEW_TOKENS
+    constants: dict[str, object] = {"M": per_row, "TILE": tile, "PARTS": parts, "PDL": pdl, "launch_pdl": pdl}
+    constants["PRECISION"] = "ieee" if wide else "tf32"
+    if dense:
+        depth = 32 if wide else min(256 if tile == 64 else 128, max(64, power_of_2(in_features)))
+        chunks = cdiv(in_features, depth * 32)
+        splits, lanes = cdiv(in_features, depth * chunks), _PROGRAMS
+        constants |= {"CHUNKS": chunks, "num_warps": 8}
     else:
-        slots = tl.load(token_slots + token[:, None] * M + m, mask=m < M, other=-1)
-        has = tl.max((slots == slot).to(tl.int32), 1)
-        order, count = tl.where(has > 0, tl.cumsum(has, 0) - 1, -1), tl.sum(has, 0)
-        found = order[None, :] == chunk * _USERS + tl.arange(0, _USERS)[:, None]
-        user = tl.max(tl.where(found, token[None, :], -1), 1)
-    inside = (user >= 0)[:, None] & (m < M)
-    hit = tl.load(token_slots + user[:, None] * M + m, mask=inside, other=-1) == slot
-    weight = tl.load(token_weights + user[:, None] * M + m, mask=inside & hit, other=0.0)
-    place = tl.max(tl.where(hit, user[:, None] * M + m, -1), 1)
-    return tl.where(place >= 0, user, -1), place[:, None], tl.sum(weight, 1)[:, None], count
+        depth, lanes = 32 if wide else 64, 4 * _PROGRAMS
+        splits = min(8, max(1, _PROGRAMS // num_tiles), max(1, in_features // 256))
+        span = cdiv(cdiv(in_features, splits), depth) * depth
+        splits = cdiv(in_features, span)
+        constants |= {"SPAN": span, "STAGES": 4, "num_warps": 4}
+    lanes = min(groups, max(1, lanes // (num_tiles * splits)), groups if dense else 4)
+    constants |= {"SPLITS": splits, "DEPTH": depth, "LANES": lanes}
+    places = (num_tiles * tile, per_row, parts, rank_stride)
+    shape = (num_tiles, parts, tile, cdiv(most_blocks * RANK_BLOCK, 128) * 128) if dense else places
+    part_size = places[0] * per_row * parts * rank_stride
+    return ShrinkCut(dense, shape, part_size, splits, lanes * splits, constants)
+
+
+def arrivals_of(num_tiles: int, parts: int, most_blocks: int) -> int:
+    """How many arrivals `shrink` counts: one a tile, part and group."""
+    return num_tiles * parts * cdiv(most_blocks, GROUP)
+
+
+def shrink(x: Tensor, a: Tensor, rank_stride: int, tiles: LoraTiles, arrivals: Tensor, cut: ShrinkCut) -> Tensor:
+    """s as above, of all tokens of `tiles`. arrivals [counters]: int32 zeros, and zeros again afterwards."""
+    num_tiles, most = tiles.blocks.shape
+    s = x.new_empty(cut.shape, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
+    partial = tiles.token_weights.new_empty(cut.splits * cut.part_size) if cut.splits > 1 else None
+    kernel = _shrink_few_kernel if cut.dense else _shrink_many_kernel
+    kernel[(cut.programs, num_tiles)](
+        x, a, s, partial, arrivals, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
+        x.shape[0], x.shape[1], rank_stride, x.stride(0), cut.shape[-1], cut.part_size, most, **cut.constants,
+    )  # fmt: skip
+    return s
+
+
+@triton.jit
+def _group(a, blocks, count, group, token_slots, token, rank_stride, in_features,
+           M: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """Of the group's 64 rows of A pointers [64] and whether the adapters have them [64]; where in a row of s its four
+    blocks begin [4], and the tokens' places of their slots in [N * tile * M] [TILE, 4], -1 for none."""
+    lane, block = tl.arange(0, _COLUMNS), group // PARTS * (_COLUMNS // 16)
+    code = tl.load(blocks + block + lane // 16, mask=block + lane // 16 < count, other=-131072)  # of slot -2: nobody's
+    row = ((code >> 16).to(tl.int64) * PARTS + group % PARTS) * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
+    rows, live = a + row * in_features, lane % 16 < (code & 255)
+    j = block + tl.arange(0, _COLUMNS // 16)
+    code = tl.load(blocks + j, mask=j < count, other=-131072)
+    place = tl.full([TILE, _COLUMNS // 16], -1, tl.int32)
+    for m in tl.static_range(M):
+        slot = tl.load(token_slots + token * M + m)
+        place = tl.where(slot[:, None] == (code >> 16)[None, :], (token * M + m)[:, None], place)
+    return rows, live, group % PARTS * rank_stride + ((code >> 8) & 255) * 16, place
+
+
+@triton.jit
+def _write(total, s, token_weights, tile, group, begin, place, s_stride, rank_stride,
+           TILE: tl.constexpr, PARTS: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
+    """s of a group from its sums [TILE, 4, 16]: by the tile's blocks, or by the tokens' places."""
+    r, mask = tl.arange(0, 16)[None, None, :], (place >= 0)[:, :, None]
+    weight = tl.load(token_weights + place, mask=place >= 0, other=0.0)
+    total = tl.where(mask, total * weight[:, :, None], 0.0).to(s.dtype.element_ty)
+    if DENSE:
+        row = (tile * PARTS + group % PARTS) * TILE + tl.arange(0, TILE)
+        column = group // PARTS * _COLUMNS + tl.arange(0, _COLUMNS // 16) * 16
+        tl.store(s + row[:, None, None] * s_stride + column[None, :, None] + r, total)
+    else:
+        tl.store(s + place[:, :, None] * (PARTS * rank_stride) + begin[None, :, None] + r, total, mask=mask & (r >= 0))
+
+
+@triton.jit
+def _finish(product, s, partial, arrivals, token_weights, tile, split, group, begin, place,
+            s_stride, rank_stride, part_size, most,
+            TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
+    """Keep the product [TILE, 64] of one split; the last program of the group adds all and writes s."""
+    total = tl.reshape(product, [TILE, _COLUMNS // 16, 16])
+    if SPLITS == 1:
+        _write(total, s, token_weights, tile, group, begin, place, s_stride, rank_stride, TILE, PARTS, DENSE)
+    else:
+        r = tl.arange(0, 16)[None, None, :]
+        mask = (place >= 0)[:, :, None] & (r >= 0)
+        cell = partial + (place[:, :, None] * (PARTS * rank_stride) + begin[None, :, None] + r)
+        tl.store(cell + split * part_size, total, mask=mask)
+        tl.debug_barrier()  # all threads' sums are written before one of them says so
+        counter = arrivals + tile * (tl.cdiv(most, _COLUMNS // 16) * PARTS) + group
+        if tl.atomic_add(counter, 1) == SPLITS - 1:
+            tl.store(counter, 0)  # ready for the next linear
+            total = tl.zeros([TILE, _COLUMNS // 16, 16], tl.float32)
+            for k in tl.range(0, SPLITS, 4):
+                for j in tl.static_range(4):  # on their way together
+                    # Other programs wrote these: past the first-level cache, which may hold what was there before.
+                    at, there = cell + (k + j) * part_size, mask & (k + j < SPLITS)
+                    total += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+            _write(total, s, token_weights, tile, group, begin, place, s_stride, rank_stride, TILE, PARTS, DENSE)
 
 
 @triton.jit
@@ -136,87 +169,70 @@ def _wait_if(needed):
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"])
 def _shrink_few_kernel(
-    x, a, s, token_slots, token_weights, counts, blocks,
-    num_tokens, in_features, rank_stride, x_stride, split_stride, most,
-    M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    DEPTH: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    x, a, s, partial, arrivals, token_slots, token_weights, counts, blocks,
+    num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
+    DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """An item is a unit and one split of WARPS * DEPTH * CHUNKS features: each warp multiplies its own.
-
-    Only users of its slot are multiplied, of which a tile of a decode has few. A is loaded one item ahead.
-    """
-    SPAN: tl.constexpr = WARPS * DEPTH
+    """One split, DEPTH * CHUNKS features of x, times every LANES-th group."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    tile, item = tl.program_id(1), tl.program_id(0)
-    blocks += tile * most
-    items = tl.load(counts + tile) * (PARTS * SPLITS)
-    r = tl.arange(0, 16)
-    i = tl.arange(0, WARPS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
-    slot, first, split, rows, live = _unit(blocks, item, items, a, r, rank_stride, in_features, PARTS, SPLITS)
-    a_tile = _load_a(rows, live, split * (SPAN * CHUNKS) + i, in_features)
-    token, place, weight, users = _users(token_slots, token_weights, slot, tile, 0, M, MP, TILE)
+    tile, split, group = tl.program_id(1), tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    count, blocks = tl.load(counts + tile), blocks + tile * most
+    groups = tl.cdiv(count, _COLUMNS // 16) * PARTS
+    token = tile * TILE + tl.arange(0, TILE)
+    i = split * (DEPTH * CHUNKS) + tl.arange(0, DEPTH)[None, :]
+    rows, live, begin, place = _group(
+        a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
+    )
+    a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
     if PDL:
-        _wait_if((item < items) | (item == 0))  # one at least: a kernel must not end before those in front of it have
-    while item < items:
-        at = split * (SPAN * CHUNKS) + i
-        x_tile = _load_x(x, token, x_stride, at, in_features)
-        item += tl.num_programs(0)
-        next_slot, next_first, next_split, next_rows, next_live = _unit(
-            blocks, item, items, a, r, rank_stride, in_features, PARTS, SPLITS
+        _wait_if((group < groups) | (tl.program_id(0) == 0))  # one at least: it ends after those in front of it
+    x_rows, there = x + token.to(tl.int64)[:, None] * x_stride, (token < num_tokens)[:, None]
+    x_tile = tl.load(x_rows + i, mask=there & (i < in_features) & (group < groups), other=0.0)
+    while group < groups:
+        product = tl.dot(x_tile, tl.trans(a_tile), input_precision=PRECISION)
+        for chunk in tl.range(1, CHUNKS, num_stages=1):
+            at = i + chunk * DEPTH
+            more_x = tl.load(x_rows + at, mask=there & (at < in_features), other=0.0)
+            more_a = tl.load(rows[:, None] + at, mask=live[:, None] & (at < in_features), other=0.0)
+            product = tl.dot(more_x, tl.trans(more_a), product, input_precision=PRECISION)
+        _finish(product, s, partial, arrivals, token_weights, tile, split, group, begin, place,
+                s_stride, rank_stride, part_size, most, TILE, PARTS, SPLITS, True)  # fmt: skip
+        group += LANES
+        rows, live, begin, place = _group(
+            a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
         )
-        next_a = _load_a(next_rows, next_live, next_split * (SPAN * CHUNKS) + i, in_features)
-        chunk, users = 0, tl.maximum(users, 1)
-        while chunk * _USERS < users:
-            if chunk > 0:
-                token, place, weight, _ = _users(token_slots, token_weights, slot, tile, chunk, M, MP, TILE)
-                x_tile = _load_x(x, token, x_stride, at, in_features)
-            product = tl.dot(x_tile, tl.permute(a_tile, (0, 2, 1)), input_precision=PRECISION)
-            for later in tl.range(1, CHUNKS, num_stages=1):
-                x_tile = _load_x(x, token, x_stride, at + later * SPAN, in_features)
-                more = _load_a(rows, live, at + later * SPAN, in_features)
-                product = tl.dot(x_tile, tl.permute(more, (0, 2, 1)), product, input_precision=PRECISION)
-            s_rows = s + split * split_stride + place * (PARTS * rank_stride) + first
-            tl.store(s_rows + r[None, :], tl.sum(product, 0) * weight, mask=(place >= 0) & (r >= 0)[None, :])
-            chunk += 1
-        slot, first, split, rows, live, a_tile = next_slot, next_first, next_split, next_rows, next_live, next_a
-        token, place, weight, users = _users(token_slots, token_weights, slot, tile, 0, M, MP, TILE)
+        a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
 
 
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"])
 def _shrink_many_kernel(
-    x, a, s, token_slots, token_weights, counts, blocks,
-    num_tokens, in_features, rank_stride, x_stride, split_stride, most,
-    M: tl.constexpr, MP: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
+    x, a, s, partial, arrivals, token_slots, token_weights, counts, blocks,
+    num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
     SPAN: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """An item is four units and one split of SPAN features: x is read once for 64 rows of A."""
+    """One split of SPAN features times every LANES-th group: x is read once for 64 rows of A."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    tile, item = tl.program_id(1), tl.program_id(0)
-    units = tl.load(counts + tile) * PARTS
+    tile, split, group = tl.program_id(1), tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
+    count, blocks = tl.load(counts + tile), blocks + tile * most
     if PDL:
         tl.extra.cuda.gdc_wait()
-    token = tile * TILE + tl.arange(0, TILE)
-    lane, depth = tl.arange(0, 64), tl.arange(0, DEPTH)
-    x_rows = x + token.to(tl.int64)[:, None] * x_stride
-    while item < tl.cdiv(units, 4) * SPLITS:
-        split, unit = item % SPLITS, item // SPLITS * 4 + lane // 16
-        code = tl.load(blocks + tile * most + unit // PARTS, mask=unit < units, other=0)
-        a_rows, live = _rows_of_a(a, code, unit % PARTS, lane % 16, rank_stride, in_features, PARTS)
-        product = tl.zeros([TILE, 64], tl.float32)
+    token, depth = tile * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)[None, :]
+    x_rows, there = x + token.to(tl.int64)[:, None] * x_stride, (token < num_tokens)[:, None]
+    while group < tl.cdiv(count, _COLUMNS // 16) * PARTS:
+        rows, live, begin, place = _group(
+            a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
+        )
+        product = tl.zeros([TILE, _COLUMNS], tl.float32)
         for offset in tl.range(0, SPAN, DEPTH, num_stages=STAGES):
             i = split * SPAN + offset + depth
-            x_mask = (token < num_tokens)[:, None] & (i < in_features)[None, :]
-            x_tile = tl.load(x_rows + i[None, :], mask=x_mask, other=0.0)
-            a_mask = live[:, None] & (i < in_features)[None, :]
-            a_tile = tl.load(a_rows[:, None] + i[None, :], mask=a_mask, other=0.0)
+            x_tile = tl.load(x_rows + i, mask=there & (i < in_features), other=0.0)
+            a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
             product = tl.dot(x_tile, tl.trans(a_tile), product, input_precision=PRECISION)
-        first = unit % PARTS * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
-        for m in tl.static_range(M):
-            place, slot = token[:, None] * M + m, tl.where(unit < units, code >> 16, -2)[None, :]
-            to = s + split * split_stride + place * (PARTS * rank_stride) + first[None, :]
-            weight = tl.load(token_weights + place)
-            tl.store(to, product * weight, mask=tl.load(token_slots + place) == slot)
-        item += tl.num_programs(0)
+        _finish(product, s, partial, arrivals, token_weights, tile, split, group, begin, place,
+                s_stride, rank_stride, part_size, most, TILE, PARTS, SPLITS, False)  # fmt: skip
+        group += LANES
