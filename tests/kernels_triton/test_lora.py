@@ -140,7 +140,7 @@ def test_rotated(
     """Queries, and keys and values in their slots; what is not finite does not reach the cache."""
     if cut == "many":
         request.getfixturevalue("many")
-    heads, kv_heads, dim, mix = 4, 2, 24, mixed(tokens, device)
+    heads, kv_heads, dim, mix = 4, 2, 24 if norm else 80, mixed(tokens, device)  # heads of 80 are taken in two pieces
     widths = (heads * dim, kv_heads * dim, kv_heads * dim)
     linear = factors(24, widths, dtype, device)
     x, y = (randn(tokens, width, dtype=dtype, device=device) for width in (24, sum(widths)))
