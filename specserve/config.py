@@ -43,7 +43,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enforce_eager: bool = False  # no CUDA graphs
     max_loras: int = 8  # device slots
     max_lora_rank: int = 64
-    max_host_lora_bytes: int | None = None  # None: 8 GiB, or a quarter of the machine's memory where that is less
+    max_host_lora_bytes: int | None = None  # None: 4 GiB, or a quarter of the machine's memory where that is less
     max_adapters_per_request: int = 4
     loras: tuple[tuple[str, str], ...] = ()  # (name, path) registered at start
     lora_dirs: tuple[str, ...] = ()  # each subfolder of these is registered too, under its own name
@@ -161,7 +161,7 @@ def host_lora_bytes(config: EngineConfig) -> int:
     """Memory for adapters in the host tier. What has a device slot is there too, so it bounds the slots in use."""
     if config.max_host_lora_bytes is not None:
         return config.max_host_lora_bytes
-    return min(8 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+    return min(4 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
 
 
 def environment_api_key() -> str | None:

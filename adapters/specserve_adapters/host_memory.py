@@ -1,8 +1,8 @@
 """Memory of the host tier. Page-locked memory is taken from the system in a few large pieces and parted here.
 
-Locking pages takes tens of milliseconds a piece, in the driver, and whoever launches work meanwhile may wait for it.
-torch's own allocator of such memory would do it for each adapter that is larger than those that left, and rounds every
-size up to a power of two. So pieces stay: the first are taken at the start, later ones as adapters fill them.
+Locking pages takes 115 ms for 256 MiB, in the driver, and whoever launches work meanwhile waits for it: steps of 5 ms
+took up to 125 (an H200). torch's own allocator of such memory would do it for each adapter that is larger than those
+that left, and rounds every size up to a power of two. So all pieces are taken at the start, 2 GiB a second, and stay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 256 << 20
-START_BYTES = 1 << 30  # taken at the start, where the budget allows
 _ALIGNMENT = 256
 
 
@@ -36,7 +35,8 @@ def _page_locked(size: int) -> Tensor:
 
 
 class HostMemory:
-    """Room for adapters of `max_bytes` together and for those that are being read, page-locked with `pin`.
+    """Room for adapters of `max_bytes` together and for those that are being read, page-locked with `pin`; a piece
+    holds any of up to `largest` bytes.
 
     May be called from several threads.
     """
@@ -47,19 +47,18 @@ class HostMemory:
         *,
         pin: bool,
         piece_bytes: int | None = None,
+        largest: int = 0,
         allocate: Callable[[int], Tensor] = _page_locked,
     ) -> None:
         small = 1 << max(20, (max_bytes - 1).bit_length())
         self._pin = pin
-        self._piece_bytes = piece_bytes = piece_bytes or min(PIECE_BYTES, small)
-        self._max_pieces = -(-max_bytes // piece_bytes) + 1  # that one for what is read before something else goes
+        self._piece_bytes = piece_bytes = piece_bytes or min(max(PIECE_BYTES, 1 << largest.bit_length()), small)
         self._allocate = allocate
-        self._pieces: list[Tensor] = []
-        self._gaps: list[list[tuple[int, int]]] = []  # of each piece: (start, size), in order, never two adjacent
+        count = -(-max_bytes // piece_bytes) + 1 if pin else 0  # that one for what is read before something else goes
+        self._pieces = [allocate(piece_bytes) for _ in range(count)]
+        self._gaps = [[(0, piece_bytes)] for _ in range(count)]  # (start, size), in order, never two adjacent
         self._returned: deque[tuple[int, int, int]] = deque()  # (piece, start, size) of dead adapters
         self._lock = threading.Lock()
-        for _ in range(min(self._max_pieces, START_BYTES // piece_bytes) if pin else 0):
-            self._grow()
 
     def take(self, size: int) -> Region:
         """`size` bytes, aligned to 256. Freed by `free`, or with whatever they are bound to."""
@@ -70,9 +69,6 @@ class HostMemory:
             with self._lock:
                 self._take_back()
                 region = self._first_fit(size, taken)
-                if region is None and len(self._pieces) < self._max_pieces:
-                    self._grow()
-                    region = self._first_fit(size, taken)
                 if region is not None:
                     return region
         # Larger than a piece, or beside a full budget that is in pieces too small: torch keeps what is freed of these.
@@ -90,14 +86,10 @@ class HostMemory:
             self._returned.append((region.piece, region.start, region.size))
 
     def free_bytes(self) -> int:
-        """What is left in the pieces that were taken from the system so far."""
+        """What is left in the pieces."""
         with self._lock:
             self._take_back()
             return sum(size for gaps in self._gaps for _, size in gaps)
-
-    def _grow(self) -> None:
-        self._pieces.append(self._allocate(self._piece_bytes))
-        self._gaps.append([(0, self._piece_bytes)])
 
     def _first_fit(self, size: int, taken: int) -> Region | None:
         for piece, gaps in enumerate(self._gaps):

@@ -64,7 +64,11 @@ class AdapterManager:
         clock: Callable[[], float] = time.time,
     ) -> None:
         helpers = make_helpers(READ_HELPERS)
-        memory = HostMemory(max_host_bytes, pin=pin_memory and num_slots > 0)
+        largest = _largest_bytes(target_specs, max_rank, dtype) + _largest_bytes(
+            draft_specs or (), max_rank, draft_dtype
+        )
+        pin = pin_memory and num_slots > 0 and max_host_bytes > 0
+        memory = HostMemory(max_host_bytes, pin=pin, largest=largest)
         self._settings = settings = ReadSettings(
             target_specs, draft_specs, max_rank, max_host_bytes, dtype, draft_dtype, memory, helpers
         )
@@ -313,3 +317,8 @@ class AdapterManager:
 
 def _source(name: str, path: str | Path, draft_path: str | Path | None) -> AdapterSource:
     return AdapterSource(name, Path(path), Path(draft_path) if draft_path is not None else None)
+
+
+def _largest_bytes(specs: Sequence[LinearSpec], max_rank: int, dtype: torch.dtype) -> int:
+    """Of an adapter that has the largest rank everywhere."""
+    return sum(spec.in_features * len(spec.parts) + spec.out_features for spec in specs) * max_rank * dtype.itemsize

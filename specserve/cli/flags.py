@@ -32,7 +32,7 @@ ENGINE_HELP = {
     "enforce_eager": "run without CUDA graphs",
     "max_loras": "adapters on the device at a time; others wait in host memory",
     "max_lora_rank": "largest rank an adapter may have",
-    "max_host_lora_bytes": "host memory for adapters; default: 8 GiB, or a quarter of the machine's where that is less",
+    "max_host_lora_bytes": "host memory for adapters; default: 4 GiB, or a quarter of the machine's where that is less",
     "max_adapters_per_request": "adapters that one request may sum",
 }
 SERVER_HELP = {
