@@ -22,6 +22,14 @@ SLOTS, MAX_RANK, STRIDE, PER_ROW, ROWS = 6, 20, 32, 3, 8
 RANKS = [3, 0, 20, 1, 17, 16]  # one slot is empty, one is full
 
 
+@pytest.fixture(autouse=True)
+def nothing_lies_there() -> Iterator[None]:
+    """New memory holds NaN: what was not written must not be read."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 class Mix(NamedTuple):
     """Rows with no, one, several and repeated slots; tokens of all rows interleaved, some without a row."""
 
@@ -78,7 +86,7 @@ def close(got: Tensor, want: Tensor) -> None:
 def test_mixed_batches(tokens: int, dtype: torch.dtype, device: torch.device) -> None:
     """Mixed ranks and slots, one to three parts, several splits; one batch for all linears, each tile size."""
     mix = mixed(tokens, device)
-    linears = [factors(40, (24, 8, 9), dtype, device), factors(1100, (12,), dtype, device)]
+    linears = [factors(40, (24, 8, 9), dtype, device), factors(600, (12,), dtype, device)]
     batch = mix.lora(linears)
     for index, linear in enumerate(linears):
         x = randn(tokens, linear.a.shape[1], dtype=dtype, device=device)
@@ -107,9 +115,9 @@ def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_prefill(tokens: int, device: torch.device) -> None:
     """x and y are columns of wider tensors."""
     mix = mixed(tokens, device)
-    linear = factors(24, (8, 700), torch.float32, device)
+    linear = factors(24, (8, 150), torch.float32, device)
     x = randn(tokens, 40, dtype=torch.float32, device=device)[:, 8:32]
-    y = randn(tokens, 720, dtype=torch.float32, device=device)[:, 4:712]
+    y = randn(tokens, 170, dtype=torch.float32, device=device)[:, 4:162]
     want = oracle(x, y, linear, mix)
     mix.lora([linear]).update(0, x).add_to(y)
     close(y, want)

@@ -31,7 +31,7 @@ def shrink_ref(x: Tensor, a: Tensor, parts: int, tiles: LoraTiles) -> Tensor:
     return s
 
 
-@pytest.mark.parametrize(("tokens", "in_features", "parts"), [(1, 40, 1), (13, 1100, 3), (70, 600, 2), (32, 8200, 1)])
+@pytest.mark.parametrize(("tokens", "in_features", "parts"), [(1, 40, 1), (13, 540, 3), (70, 600, 1), (32, 8200, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dense(tokens: int, in_features: int, parts: int, dtype: torch.dtype, device: torch.device) -> None:
     """Rows with none, one and two slots, named once and twice; A of one and of many splits, of one piece and several;

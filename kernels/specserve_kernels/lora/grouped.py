@@ -179,10 +179,11 @@ def _common_constants(traits: _Traits) -> dict[str, object]:
     16, whose programs read while others multiply."""
     factor = _FACTORS[traits.dtype]
     ranks = min(32 if factor == tl.float32 else 64, 64 if traits.dense else power_of_2(traits.rank_stride))
+    warps = 8 if (ranks == 64 and not traits.dense) or traits.dtype == torch.float32 else 4
     return {
         "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "DENSE": traits.dense,
         "RANKS": ranks, "FACTOR": factor, "PRECISION": _PRECISIONS[traits.dtype],
-        "PDL": traits.pdl, "num_warps": 8 if ranks == 64 and not traits.dense else 4, "launch_pdl": traits.pdl,
+        "PDL": traits.pdl, "num_warps": warps, "launch_pdl": traits.pdl,
     }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def shrink_cut(
     constants: dict[str, object] = {"M": per_row, "TILE": tile, "PARTS": parts, "PDL": pdl, "launch_pdl": pdl}
     constants["PRECISION"] = "ieee" if wide else "tf32"
     if dense:
-        depth = 32 if wide else min(256 if tile == 64 else 128, max(64, power_of_2(in_features)))
+        depth = 16 if wide else min(256 if tile == 64 else 128, max(64, power_of_2(in_features)))
         chunks = cdiv(in_features, depth * 32)
         splits, lanes = cdiv(in_features, depth * chunks), _PROGRAMS
         constants |= {"CHUNKS": chunks, "num_warps": 8}
