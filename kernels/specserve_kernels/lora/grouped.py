@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specserve_kernels.activation import silu_mul
 from specserve_kernels.beside import Side, is_captured
 from specserve_kernels.language import cdiv, power_of_2, tl
 from specserve_kernels.lora.expand import MAX_PARTS, add_kernel, rotate_kernel, silu_kernel
@@ -112,6 +113,9 @@ class Shrunk:
         tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
         assert gate_up.is_contiguous() and gate_up.dtype == self.dtype, (gate_up.stride(), gate_up.dtype)
         assert self.widths in ((size, size), (2 * size,)) and tokens == self.num_tokens, (self.widths, gate_up.shape)
+        if size % RANK_BLOCK:  # no model's; on a GPU the kernel below was seen to be wrong there
+            self.add_to(gate_up)
+            return silu_mul(gate_up)
         out = gate_up.new_empty(tokens, size)
         columns, constants = _column_constants(self._traits(self._joined(gate_up)))
         tiles = self.tiles
