@@ -22,7 +22,6 @@ from torch import Tensor
 
 from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, round_up, unpack
 from specserve_adapters.spec import LinearSpec
-from specserve_kernels.beside import Side
 from specserve_kernels.dispatch import backend
 from specserve_kernels.lora.batch import Factors, LoraBatch
 from specserve_kernels.lora.folded import MANY_BLOCKS
@@ -70,7 +69,6 @@ class AdapterPool:
         ]
         sizes = [math.prod(shape) for pair in zip(a_shapes, b_shapes, strict=True) for shape in pair]
         # One allocation, so that a slot is loaded by one kernel that knows places by their offsets.
-        self._side = Side(torch.device(device)) if self.grouped and torch.device(device).type == "cuda" else None
         self._store = torch.zeros(sum(sizes), dtype=dtype, device=device)
         flat = torch.split_with_sizes(self._store, sizes)
         self.linears: list[tuple[Tensor, Tensor]] = [
@@ -179,7 +177,7 @@ class AdapterPool:
         assert self.grouped, "slots lie as make_batch reads them"
         return grouped_lora(
             self._slot_factors, self._rank_stride, self.slot_ranks, token_rows, row_slots, row_weights,
-            many=work is AdapterWork.MANY, side=self._side,
+            many=work is AdapterWork.MANY,
         )  # fmt: skip
 
     def make_batch(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> LoraBatch | None:

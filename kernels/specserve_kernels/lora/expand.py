@@ -21,7 +21,6 @@ from __future__ import annotations
 from specserve_kernels.activation import gated
 from specserve_kernels.language import tl, triton
 from specserve_kernels.launch import relaunched
-from specserve_kernels.lora.shrink import block_codes
 from specserve_kernels.overlap import wait
 from specserve_kernels.qkv import load_angles, load_head_weights, rotated, store_heads
 
@@ -29,7 +28,7 @@ MAX_PARTS = 4
 
 
 @triton.jit
-def _shrunk(s, token_slots, blocks, count, most, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
+def _shrunk(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
             TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
     """s [TILE, RANKS] of the tile's tokens from block `done` on, zeros where a token does not have a rank."""
     lane, row = tl.arange(0, RANKS)[None, :], tl.arange(0, TILE)[:, None]
@@ -37,7 +36,8 @@ def _shrunk(s, token_slots, blocks, count, most, done, tile, part, rank_stride, 
         at = s + ((tile * PARTS + part) * TILE + row) * s_stride + done * 16 + lane
         return tl.load(at, mask=(row >= 0) & (done < count), other=0.0)  # nothing was written of a tile without blocks
     else:
-        code, token = block_codes(blocks, done + lane // 16, count, most), tile * TILE + row
+        block, token = done + lane // 16, tile * TILE + row
+        code = tl.load(blocks + block, mask=block < count, other=-131072)  # of slot -2, which nobody has
         begin = token * 0 - 1
         for m in tl.static_range(M):
             hit = tl.load(token_slots + token * M + m) == (code >> 16)
@@ -47,26 +47,25 @@ def _shrunk(s, token_slots, blocks, count, most, done, tile, part, rank_stride, 
 
 
 @triton.jit
-def _factors(b, blocks, count, most, done, column, inside, rank_stride, b_stride,
-             RANKS: tl.constexpr, FACTOR: tl.constexpr):  # fmt: skip
+def _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS: tl.constexpr, FACTOR: tl.constexpr):
     """Bᵀ of the same ranks, [RANKS, COLUMNS], zeros beyond those in use."""
     lane = tl.arange(0, RANKS)
-    code = block_codes(blocks, done + lane // 16, count, most)
+    code = tl.load(blocks + done + lane // 16, mask=done + lane // 16 < count, other=0)
     row = (code >> 16).to(tl.int64) * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
     live = lane % 16 < (code & 255)
     return tl.load(b + row[:, None] * b_stride + column, mask=live[:, None] & inside, other=0.0).to(FACTOR)
 
 
 @triton.jit
-def _delta(shrunk, factors, s, b, token_slots, blocks, count, most, tile, part, column, inside, rank_stride, s_stride,
+def _delta(shrunk, factors, s, b, token_slots, blocks, count, tile, part, column, inside, rank_stride, s_stride,
            b_stride, M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
            DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first."""
     total = tl.dot(shrunk, factors, input_precision=PRECISION)
     for done in tl.range(RANKS // 16, count, RANKS // 16, num_stages=3 if DENSE else 1):
-        more = _shrunk(s, token_slots, blocks, count, most, done, tile, part, rank_stride, s_stride, M, TILE, PARTS,
-                       RANKS, DENSE)  # fmt: skip
-        factors = _factors(b, blocks, count, most, done, column, inside, rank_stride, b_stride, RANKS, FACTOR)
+        more = _shrunk(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS,
+                       DENSE)  # fmt: skip
+        factors = _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS, FACTOR)
         total = tl.dot(more, factors, total, input_precision=PRECISION)
     return total
 
@@ -98,23 +97,22 @@ def add_kernel(
     part, start, width, first = _part_of_block(tl.program_id(0), w0, w1, w2, w3, COLUMNS * LOOPS)
     c = first + tl.arange(0, COLUMNS)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
-    at, inside = y + (token * y_stride + start + c), (token < num_tokens) & (c < width)
-    factors = _factors(b, blocks, count, most, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
+    factors = _factors(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
     wait(PDL)
     if count == 0:
         return
+    at, inside = y + (token * y_stride + start + c), (token < num_tokens) & (c < width)
     base = tl.load(at, mask=inside, other=0.0)
-    shrunk = _shrunk(s, token_slots, blocks, count, most, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS,
-                     DENSE)  # fmt: skip
+    shrunk = _shrunk(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
     for loop in range(LOOPS):
         # What the next columns need is on its way while these are computed.
         next_c = c + COLUMNS
-        more = (next_c < width) & (loop + 1 < LOOPS)
-        next_inside = (token < num_tokens) & more
+        next_inside = (token < num_tokens) & (next_c < width) & (loop + 1 < LOOPS)
         next_base = tl.load(at + COLUMNS, mask=next_inside, other=0.0)
-        next_factors = _factors(b, blocks, count, most, 0, start + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
-        delta = _delta(shrunk, factors, s, b, token_slots, blocks, count, most, tile, part, start + c, c < width,
-                       rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+        next_factors = _factors(b, blocks, count, 0, start + next_c, (next_c < width) & (loop + 1 < LOOPS),
+                                rank_stride, b_stride, RANKS, FACTOR)  # fmt: skip
+        delta = _delta(shrunk, factors, s, b, token_slots, blocks, count, tile, part, start + c, c < width, rank_stride,
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
         tl.store(at, (base.to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
         at, c, inside, base, factors = at + COLUMNS, next_c, next_inside, next_base, next_factors
 
@@ -132,28 +130,28 @@ def silu_kernel(
     count, blocks = tl.load(counts + tile), blocks + tile * most
     c = tl.program_id(0) * (COLUMNS * LOOPS) + tl.arange(0, COLUMNS)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
-    row, inside = y + token.to(tl.int64) * (2 * size), (token < num_tokens) & (c < size)
-    gates = _factors(b, blocks, count, most, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
-    ups = _factors(b, blocks, count, most, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+    gates = _factors(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+    ups = _factors(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
     wait(PDL)
+    row, inside = y + token.to(tl.int64) * (2 * size), (token < num_tokens) & (c < size)
     gate, up = tl.load(row + c, mask=inside, other=0.0), tl.load(row + size + c, mask=inside, other=0.0)
-    to_gate = _shrunk(s, token_slots, blocks, count, most, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS, RANKS,
-                      DENSE)  # fmt: skip
-    to_up = _shrunk(s, token_slots, blocks, count, most, 0, tile, PARTS - 1, rank_stride, s_stride, M, TILE, PARTS,
-                    RANKS, DENSE)  # fmt: skip
+    to_gate = _shrunk(s, token_slots, blocks, count, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
+    to_up = _shrunk(
+        s, token_slots, blocks, count, 0, tile, PARTS - 1, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE
+    )
     for loop in range(LOOPS):
         next_c = c + COLUMNS
         more = (next_c < size) & (loop + 1 < LOOPS)
         next_inside = (token < num_tokens) & more
         next_gate = tl.load(row + next_c, mask=next_inside, other=0.0)
         next_up = tl.load(row + size + next_c, mask=next_inside, other=0.0)
-        next_gates = _factors(b, blocks, count, most, 0, next_c, more, rank_stride, b_stride, RANKS, FACTOR)
-        next_ups = _factors(b, blocks, count, most, 0, size + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
-        delta = _delta(to_gate, gates, s, b, token_slots, blocks, count, most, tile, 0, c, c < size, rank_stride,
-                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+        next_gates = _factors(b, blocks, count, 0, next_c, more, rank_stride, b_stride, RANKS, FACTOR)
+        next_ups = _factors(b, blocks, count, 0, size + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
+        delta = _delta(to_gate, gates, s, b, token_slots, blocks, count, tile, 0, c, c < size, rank_stride, s_stride,
+                       b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
         x = gate.to(tl.float32) + delta
-        delta = _delta(to_up, ups, s, b, token_slots, blocks, count, most, tile, PARTS - 1, size + c, c < size,
-                       rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+        delta = _delta(to_up, ups, s, b, token_slots, blocks, count, tile, PARTS - 1, size + c, c < size, rank_stride,
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
         result = gated(x, up.to(tl.float32) + delta).to(out.dtype.element_ty)
         tl.store(out + token.to(tl.int64) * size + c, result, mask=inside)
         c, inside, gate, up, gates, ups = next_c, next_inside, next_gate, next_up, next_gates, next_ups
@@ -168,25 +166,22 @@ def rotate_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
     FINITE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A tile and BLOCK pairs of columns, which turn together, of LOOPS heads of one part a program. Heads that are
-    normed are taken whole."""
+    """A tile and LOOPS heads of one part a program; BLOCK: half of a head, padded."""
     HALF: tl.constexpr = DIM // 2
-    PIECES: tl.constexpr = (HALF + BLOCK - 1) // BLOCK
     ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
-    tile, head = tl.program_id(1), tl.program_id(0) // PIECES * LOOPS
+    tile, head = tl.program_id(1), tl.program_id(0) * LOOPS
     count, blocks = tl.load(counts + tile), blocks + tile * most
     part = (head * DIM >= w0).to(tl.int32) + (head * DIM >= w0 + w1) + (head * DIM >= w0 + w1 + w2)
-    column = tl.program_id(0) % PIECES * BLOCK + tl.arange(0, BLOCK)[None, :]
+    column = tl.arange(0, BLOCK)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     inside, half = (token < num_tokens) & (column < HALF), column < HALF
     is_rotated = head < HEADS + KV_HEADS
     at, row = head * DIM + column, y + token.to(tl.int64) * ROW
-    lows = _factors(b, blocks, count, most, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
-    highs = _factors(b, blocks, count, most, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
+    lows = _factors(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
+    highs = _factors(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
     wait(PDL)
     low, high = tl.load(row + at, mask=inside, other=0.0), tl.load(row + at + HALF, mask=inside, other=0.0)
-    shrunk = _shrunk(s, token_slots, blocks, count, most, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS,
-                     DENSE)  # fmt: skip
+    shrunk = _shrunk(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=0)
     cos, sin = load_angles(cos_ptr, sin_ptr, token.to(tl.int64), column, inside & is_rotated, DIM)
     for loop in range(LOOPS):
@@ -194,12 +189,12 @@ def rotate_kernel(
         next_at = at + DIM
         next_low = tl.load(row + next_at, mask=inside & more, other=0.0)
         next_high = tl.load(row + next_at + HALF, mask=inside & more, other=0.0)
-        next_lows = _factors(b, blocks, count, most, 0, next_at, more, rank_stride, b_stride, RANKS, FACTOR)
-        next_highs = _factors(b, blocks, count, most, 0, next_at + HALF, more, rank_stride, b_stride, RANKS, FACTOR)
-        delta = _delta(shrunk, lows, s, b, token_slots, blocks, count, most, tile, part, at, half, rank_stride,
-                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+        next_lows = _factors(b, blocks, count, 0, next_at, more, rank_stride, b_stride, RANKS, FACTOR)
+        next_highs = _factors(b, blocks, count, 0, next_at + HALF, more, rank_stride, b_stride, RANKS, FACTOR)
+        delta = _delta(shrunk, lows, s, b, token_slots, blocks, count, tile, part, at, half, rank_stride, s_stride,
+                       b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
         first = low.to(tl.float32) + delta
-        delta = _delta(shrunk, highs, s, b, token_slots, blocks, count, most, tile, part, at + HALF, half, rank_stride,
+        delta = _delta(shrunk, highs, s, b, token_slots, blocks, count, tile, part, at + HALF, half, rank_stride,
                        s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
         second = high.to(tl.float32) + delta
         is_rotated = head < HEADS + KV_HEADS

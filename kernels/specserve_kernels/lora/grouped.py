@@ -13,7 +13,6 @@ float32's range, and to TF32 for float16, which has not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -22,19 +21,15 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.activation import silu_mul
-from specserve_kernels.beside import Side, is_captured
 from specserve_kernels.language import cdiv, power_of_2, tl
 from specserve_kernels.lora.expand import MAX_PARTS, add_kernel, rotate_kernel, silu_kernel
 from specserve_kernels.lora.folded import Folded
-from specserve_kernels.lora.shrink import FEW_TOKENS, arrivals_of, shrink, shrink_cut
+from specserve_kernels.lora.shrink import arrivals_of, shrink, shrink_cut
 from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, lora_tiles
 from specserve_kernels.overlap import overlaps
 from specserve_kernels.qkv import HeadWeights
 
-MAX_FOLDED = 32
-"""Tokens up to which all are one tile, and products may add adapters themselves."""
 _FACTORS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
-_COLUMNS = 32  # of an output, at once: a multiprocessor then holds the registers of many programs
 _PRECISIONS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "ieee"}
 
 
@@ -93,15 +88,14 @@ class Shrunk:
     tiles: LoraTiles
     num_tokens: int
     dtype: torch.dtype
-    side: Side | None  # where s is computed
 
     def add_to(self, y: Tensor) -> None:
         """y [T, out_features] += Δ, in place."""
         assert y.shape == (self.num_tokens, self.b.shape[1]) and y.stride(1) == 1, (y.shape, y.stride(), self.b.shape)
         assert y.dtype == self.dtype and self.num_tokens * y.stride(0) < 2**31, (y.dtype, y.stride())
-        columns, constants = _column_constants(self._traits(self._joined(y)))
+        columns, loops, constants = _column_constants(self._traits(overlaps(y)))
         tiles, widths = self.tiles, (*self.widths, 0, 0, 0)[:MAX_PARTS]
-        blocks = sum([-(-width // columns) for width in self.widths])
+        blocks = sum([-(-width // (columns * loops)) for width in self.widths])
         add_kernel[(blocks, tiles.blocks.shape[0])](
             y, self.b, self.s, tiles.token_slots, tiles.counts, tiles.blocks,
             *widths, self.num_tokens, tiles.blocks.shape[1], self.rank_stride, self.s.shape[-1],
@@ -117,9 +111,9 @@ class Shrunk:
             self.add_to(gate_up)
             return silu_mul(gate_up)
         out = gate_up.new_empty(tokens, size)
-        columns, constants = _column_constants(self._traits(self._joined(gate_up)))
+        columns, loops, constants = _column_constants(self._traits(overlaps(gate_up)))
         tiles = self.tiles
-        silu_kernel[(-(-size // columns), tiles.blocks.shape[0])](
+        silu_kernel[(-(-size // (columns * loops)), tiles.blocks.shape[0])](
             gate_up, self.b, self.s, out, tiles.token_slots, tiles.counts, tiles.blocks,
             size, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.shape[-1], self.b.shape[1], **constants,
         )  # fmt: skip
@@ -134,23 +128,15 @@ class Shrunk:
         assert qkv.is_contiguous() and qkv.dtype == cos.dtype == self.dtype, (qkv.stride(), qkv.dtype, cos.dtype)
         assert tokens == self.num_tokens and qkv.shape[1] == self.b.shape[1], (qkv.shape, self.b.shape)
         q = qkv.new_empty(tokens, heads, head_dim)
-        traits, normed = self._traits(self._joined(qkv)), norm is not None
-        programs, constants = _rotate_constants(traits, heads, kv_heads, head_dim, self.widths, normed)
+        loops, constants = _rotate_constants(self._traits(overlaps(qkv)), heads, kv_heads, head_dim, self.widths)
         tiles, widths = self.tiles, (*self.widths, 0, 0)[:3]
         weight, eps = norm or (None, None)
-        rotate_kernel[(programs, tiles.blocks.shape[0])](
+        rotate_kernel[((heads + 2 * kv_heads) // loops, tiles.blocks.shape[0])](
             qkv, self.b, self.s, tiles.token_slots, tiles.counts, tiles.blocks, cos, sin, weight, eps, slot_mapping,
             q, k_cache, v_cache, *widths, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.shape[-1],
             self.b.shape[1], k_cache.stride(0), v_cache.stride(0), FINITE=finite, **constants,
         )  # fmt: skip
         return q
-
-    def _joined(self, y: Tensor) -> bool:
-        """s comes before what follows; whether that may start early."""
-        if self.side is None:
-            return overlaps(y)
-        self.side.join()
-        return False
 
     def _traits(self, pdl: bool) -> _Traits:
         tiles = self.tiles
@@ -173,47 +159,36 @@ class _Traits(NamedTuple):
     pdl: bool
 
 
-def _loops(traits: _Traits) -> int:
-    """The fewer programs, the less of s is read twice; but few tokens would not fill the device."""
-    return 1 if traits.dense else 2 if traits.num_tokens <= 1024 else 4 if traits.num_tokens <= 2048 else 8
-
-
-def _common_constants(traits: _Traits) -> dict[str, object]:
-    """Ranks at once: a prompt's tile seldom has more than one adapter's. Warps: so that a multiprocessor holds about
-    16, whose programs read while others multiply."""
+def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
+    """Ranks at once: a prompt's tile seldom has more than one adapter's."""
     factor = _FACTORS[traits.dtype]
-    ranks = min(32 if factor == tl.float32 else 64, 64 if traits.dense else power_of_2(traits.rank_stride))
-    warps = 8 if (ranks == 64 and not traits.dense) or traits.dtype == torch.float32 else 4
+    most = 64 if traits.dense else min(most_ranks, power_of_2(traits.rank_stride))
     return {
         "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "DENSE": traits.dense,
-        "RANKS": ranks, "FACTOR": factor, "PRECISION": _PRECISIONS[traits.dtype],
-        "PDL": traits.pdl, "num_warps": warps, "launch_pdl": traits.pdl,
+        "RANKS": min(most, 32) if factor == tl.float32 else most, "FACTOR": factor,
+        "PRECISION": _PRECISIONS[traits.dtype], "PDL": traits.pdl, "num_warps": 4, "launch_pdl": traits.pdl,
     }  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def _column_constants(traits: _Traits) -> tuple[int, Mapping[str, object]]:
-    """(columns of a program, the kernel's constants)."""
-    loops = _loops(traits)
-    return _COLUMNS * loops, _common_constants(traits) | {"COLUMNS": _COLUMNS, "LOOPS": loops}
+def _column_constants(traits: _Traits) -> tuple[int, int, Mapping[str, object]]:
+    """(columns at once, how often in a program, the kernel's constants)."""
+    columns, loops = (32, 1) if traits.dense else (64, 4)
+    return columns, loops, _common_constants(traits, 64) | {"COLUMNS": columns, "LOOPS": loops}
 
 
 @lru_cache(maxsize=1024)
 def _rotate_constants(
-    traits: _Traits, heads: int, kv_heads: int, head_dim: int, widths: tuple[int, ...], normed: bool
+    traits: _Traits, heads: int, kv_heads: int, head_dim: int, widths: tuple[int, ...]
 ) -> tuple[int, Mapping[str, object]]:
-    """(programs of a tile, the kernel's constants). The heads of a program are all of one part."""
+    """(heads of a program, which are all of one part; the kernel's constants)."""
     assert len(widths) <= 3 and not any(width % head_dim for width in widths), (widths, head_dim)
-    loops = min(4, _loops(traits))
+    loops = 1 if traits.dense else 4
     while any(number % loops for number in (kv_heads, *[width // head_dim for width in widths])):
         loops //= 2
-    half = max(16, power_of_2(head_dim // 2))
-    block = half if normed else min(half, _COLUMNS)
+    block = max(16, power_of_2(head_dim // 2))
     own = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": head_dim, "BLOCK": block, "LOOPS": loops}
-    constants = _common_constants(traits) | own
-    if block > _COLUMNS and not traits.dense:
-        constants["num_warps"] = 8
-    return (heads + 2 * kv_heads) // loops * cdiv(head_dim // 2, block), constants
+    return loops, _common_constants(traits, 32) | own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,7 +201,6 @@ class GroupedLora:
     num_tokens: int
     many: bool  # rank blocks are expected, as Folded says
     counters: Tensor  # zeros: `ready` of each linear for `fold`, then the arrivals of either
-    side: Side | None  # where shrinks go, beside the linear's own product
 
     @property
     def foldable(self) -> bool:
@@ -247,28 +221,22 @@ class GroupedLora:
         assert x.shape == (self.num_tokens, a.shape[1]) and x.stride(1) == 1, (x.shape, x.stride(), a.shape)
         assert x.dtype == a.dtype, x.dtype
         tiles, parts = self.tiles, len(widths)
-        pdl = overlaps(x) and self.side is None
         cut = shrink_cut(
-            *x.shape, parts, tiles.token_slots.shape[1], tiles.blocks.shape[1], self.rank_stride, x.dtype, pdl
+            *x.shape, parts, tiles.token_slots.shape[1], tiles.blocks.shape[1], self.rank_stride, x.dtype, overlaps(x)
         )
-        with nullcontext() if self.side is None else self.side.entered():
-            s = shrink(x, a, self.rank_stride, tiles, self.counters[len(self.linears) :], cut)
-        return Shrunk(s, cut.dense, parts, self.rank_stride, b, widths, tiles, self.num_tokens, x.dtype, self.side)
+        s = shrink(x, a, self.rank_stride, tiles, self.counters[len(self.linears) :], cut)
+        return Shrunk(s, cut.dense, parts, self.rank_stride, b, widths, tiles, self.num_tokens, x.dtype)
 
 
 def grouped_lora(
     linears: Sequence[SlotFactors], max_rank: int, slot_ranks: Tensor,
     token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, *, many: bool = False,
-    side: Side | None = None,
 ) -> GroupedLora:  # fmt: skip
     """What T = len(token_rows) tokens use: part of every forward, inside the captured graph.
 
-    slot_ranks [S] int64, 0 for an empty slot, none above max_rank; the others as in `lora_tiles`. `side`: where shrinks
-    may go if they are captured and short.
+    slot_ranks [S] int64, 0 for an empty slot, none above max_rank; the others as in `lora_tiles`.
     """
-    beside = side if MAX_FOLDED < token_rows.shape[0] <= FEW_TOKENS and is_captured() else None
     tiles = lora_tiles(token_rows, row_slots, row_weights, slot_ranks, max_rank)
     num_tiles, most = tiles.blocks.shape
     counters = tiles.blocks.new_zeros(len(linears) + arrivals_of(num_tiles, MAX_PARTS, most))
-    stride = cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK
-    return GroupedLora(linears, stride, tiles, token_rows.shape[0], many, counters, beside)
+    return GroupedLora(linears, cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK, tiles, token_rows.shape[0], many, counters)

@@ -65,8 +65,8 @@ def shrink_cut(
     constants: dict[str, object] = {"M": per_row, "TILE": tile, "PARTS": parts, "PDL": pdl, "launch_pdl": pdl}
     constants["PRECISION"] = "ieee" if wide else "tf32"
     if dense:
-        depth = 16 if wide else min(256 if tile == 64 else 128, max(64, power_of_2(in_features)))
-        chunks = cdiv(in_features, depth * 32)
+        depth = 32 if wide else min(256 if tile == 64 else 128, max(64, power_of_2(in_features)))
+        chunks = max(cdiv(in_features, depth * 32), 2 if in_features >= 16 * depth else 1)
         splits, lanes = cdiv(in_features, depth * chunks), _PROGRAMS
         constants |= {"CHUNKS": chunks, "num_warps": 8}
     else:
@@ -102,22 +102,16 @@ def shrink(x: Tensor, a: Tensor, rank_stride: int, tiles: LoraTiles, arrivals: T
 
 
 @triton.jit
-def block_codes(blocks, block, count, most):
-    """Codes of the tile's blocks number `block`; behind the last of slot -2, which nobody has, and without ranks."""
-    code = tl.load(blocks + block, mask=block < most, other=0)  # does not wait for count
-    return tl.where(block < count, code, -131072)
-
-
-@triton.jit
-def _group(a, blocks, count, most, group, token_slots, token, rank_stride, in_features,
+def _group(a, blocks, count, group, token_slots, token, rank_stride, in_features,
            M: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Of the group's 64 rows of A pointers [64] and whether the adapters have them [64]; where in a row of s its four
     blocks begin [4], and the tokens' places of their slots in [N * tile * M] [TILE, 4], -1 for none."""
     lane, block = tl.arange(0, _COLUMNS), group // PARTS * (_COLUMNS // 16)
-    code = block_codes(blocks, block + lane // 16, count, most)
+    code = tl.load(blocks + block + lane // 16, mask=block + lane // 16 < count, other=-131072)  # of slot -2: nobody's
     row = ((code >> 16).to(tl.int64) * PARTS + group % PARTS) * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
     rows, live = a + row * in_features, lane % 16 < (code & 255)
-    code = block_codes(blocks, block + tl.arange(0, _COLUMNS // 16), count, most)
+    j = block + tl.arange(0, _COLUMNS // 16)
+    code = tl.load(blocks + j, mask=j < count, other=-131072)
     place = tl.full([TILE, _COLUMNS // 16], -1, tl.int32)
     for m in tl.static_range(M):
         slot = tl.load(token_slots + token * M + m)
@@ -189,7 +183,7 @@ def _shrink_few_kernel(
     token = tile * TILE + tl.arange(0, TILE)
     i = split * (DEPTH * CHUNKS) + tl.arange(0, DEPTH)[None, :]
     rows, live, begin, place = _group(
-        a, blocks, count, most, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
+        a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
     )
     a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
     if PDL:
@@ -207,7 +201,7 @@ def _shrink_few_kernel(
                 s_stride, rank_stride, part_size, most, TILE, PARTS, SPLITS, True)  # fmt: skip
         group += LANES
         rows, live, begin, place = _group(
-            a, blocks, count, most, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
+            a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
         )
         a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
 
@@ -231,7 +225,7 @@ def _shrink_many_kernel(
     x_rows, there = x + token.to(tl.int64)[:, None] * x_stride, (token < num_tokens)[:, None]
     while group < tl.cdiv(count, _COLUMNS // 16) * PARTS:
         rows, live, begin, place = _group(
-            a, blocks, count, most, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
+            a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
         )
         product = tl.zeros([TILE, _COLUMNS], tl.float32)
         for offset in tl.range(0, SPAN, DEPTH, num_stages=STAGES):
