@@ -1,4 +1,4 @@
-"""`specserve adapters {list,load,reload,unload,pin,unpin}`: talk to a running server's /v1/adapters."""
+"""`specserve adapters {list,load,reload,unload,pin,unpin}`: talk to a running server's /v1/adapters. And `distill`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from specserve.cli.api import Api, ServerAnsweredError
+from specserve.cli.distill import add_distill
 from specserve.cli.flags import name_and_path
 from specserve.cli.progress import call_each
 from specserve.cli.tables import SORTS, table
@@ -24,7 +25,9 @@ Act = Callable[[argparse.Namespace, Api], int]
 
 
 def add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("adapters", help="list, load, unload and pin the adapters of a running server")
+    parser = commands.add_parser(
+        "adapters", help="list, load, unload and pin the adapters of a server; distill companions"
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_list(actions)
     _add_load(actions)
@@ -35,6 +38,7 @@ def add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ("unpin", "let adapters be evicted again", partial(pin_adapters, pinned=False)),
     ):
         _action(actions, name, text, act).add_argument("names", nargs="+", metavar="NAME")
+    add_distill(actions)
 
 
 def _add_list(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,0 +1,69 @@
+"""What a distillation tells at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from specserve.distillation.measure import Acceptance
+
+_HEAD = ("", "accepted", "greedy", "engine, sampled", "tokens a round", "engine, greedy", "tokens a round")
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome. `acceptance` has "base draft", "before" if the adapter had a companion, and "after"."""
+
+    name: str
+    acceptance: dict[str, Acceptance]
+    stored: Path | None  # None: refused, because drafts would be accepted less often than before
+    work: Path  # still there if refused
+    temperature: float
+    num_texts: int
+    num_tokens: int  # trained on
+    too_long: int  # prompts left out
+    seconds: dict[str, float]  # a stage of this run; stages that an earlier run finished take no time
+
+    @property
+    def gain(self) -> float:
+        """What the acceptance grew by, against what drafted before."""
+        before = self.acceptance.get("before", self.acceptance["base draft"])
+        return self.acceptance["after"].alpha - before.alpha
+
+    def text(self) -> str:
+        """Some lines for a terminal."""
+        return "\n".join([*self._table(), "", *self._outcome()])
+
+    def _table(self) -> list[str]:
+        rows = [_HEAD, *(_row(name, found) for name, found in self.acceptance.items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [
+            "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
+            for cells in (list(zip(row, widths, strict=True)) for row in rows)
+        ]
+
+    def _outcome(self) -> list[str]:
+        spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
+        lines = [
+            f"Accepted at temperature {self.temperature:g}, on held-out texts. Trained on {self.num_texts} texts of "
+            f"{self.num_tokens} tokens. {spent}."
+        ]
+        if self.too_long:
+            lines.append(f"{self.too_long} prompts were too long for the models' context and were left out.")
+        if self.stored is not None:
+            return [*lines, f"The companion of {self.name!r} is in {self.stored}."]
+        return [
+            *lines,
+            f"Drafts would be accepted less often than before ({self.gain:+.1%}), so nothing was changed. More texts "
+            "(--samples) or steps (--steps) may help, or prompts like those served (--prompts); texts are kept in "
+            f"{self.work}. --force stores it as it is.",
+        ]
+
+
+def _row(name: str, found: Acceptance) -> tuple[str, ...]:
+    engine = [
+        cell
+        for counted in (found.sampled_engine, found.greedy_engine)
+        for cell in (f"{counted.accepted:.1%}", f"{counted.tokens_per_round:.2f}")
+    ]
+    return (name, f"{found.alpha:.1%}", f"{found.greedy:.1%}", *engine)
