@@ -12,7 +12,8 @@ predecessor still runs (programmatic dependent launch) and loads its first part 
 predecessor, whose results are all it depends on. Hence the rule: W must not have been written in the same step.
 
 One row is a matrix-vector product of fp32 multiplications; more rows, or one with adapters, go through Hopper's tensor
-cores (skinny.hopper), with the norm as a kernel of its own. Sums are fp32 in a fixed order.
+cores (skinny.hopper), with the norm as a kernel of its own. Sums are fp32 in a fixed order. W in one byte an element:
+skinny.quantised.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from specserve_kernels.skinny import hopper as skinny_hopper
 
 
 @triton.jit
-def _weight_rows(index, program, out_dim, BN: tl.constexpr, GATED: tl.constexpr):
+def weight_rows(index, program, out_dim, BN: tl.constexpr, GATED: tl.constexpr):
     """The program's rows of W; gated: a row of Wg and its partner of Wu in turn. Beyond the end: the last."""
     if GATED:
         rows = tl.minimum(program * (BN // 2) + index // 2, out_dim - 1) + (index % 2) * out_dim
@@ -43,37 +44,43 @@ def _weight_rows(index, program, out_dim, BN: tl.constexpr, GATED: tl.constexpr)
 
 
 @triton.jit
-def _one_row_part(weight, x, gain, columns, in_dim, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr):
-    """W [BN, BK] times x, summed over eight columns, which one thread holds: [BN, BK / 8]; so x²: [1, BK / 8]."""
+def _one_row_part(weight, x, gain, columns, in_dim,
+                  BN: tl.constexpr, BK: tl.constexpr, EACH: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """W [BN, BK] times x, summed over EACH columns, which one thread holds: [BN, BK / EACH]; so x²: [1, BK / EACH]."""
     inside = columns < in_dim
     value = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
-    squares = tl.zeros((1, BK // 8), tl.float32)
+    squares = tl.zeros((1, BK // EACH), tl.float32)
     if NORM:
-        squares = tl.sum(tl.reshape(value * value, (1, BK // 8, 8)), 2)
+        squares = tl.sum(tl.reshape(value * value, (1, BK // EACH, EACH)), 2)
         value *= tl.load(gain + columns, mask=inside, other=0.0).to(tl.float32)
-    return tl.sum(tl.reshape(weight.to(tl.float32) * value, (BN, BK // 8, 8)), 2), squares
+    return tl.sum(tl.reshape(weight.to(tl.float32) * value, (BN, BK // EACH, EACH)), 2), squares
 
 
 @triton.jit
-def _one_row_kernel(
-    x, w, out, gain, eps, in_dim, out_dim,
-    BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr, STAGES: tl.constexpr,
+def one_row_kernel(
+    x, w, scales, out, gain, eps, in_dim, out_dim,
+    BN: tl.constexpr, BK: tl.constexpr, EACH: tl.constexpr, SCALED: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program p: BN rows of W times x [in]; the first BK columns are loaded while the kernels before still run."""
+    """Program p: BN rows of W times x [in]; the first BK columns are loaded while the kernels before still run.
+    EACH: columns that a thread loads at once, 16 bytes. SCALED: each row of W stands for that times its scale."""
     program = tl.program_id(0)
     columns = tl.arange(0, BK)[None, :]
-    rows = _weight_rows(tl.arange(0, BN), program, out_dim, BN, GATED)
+    rows = weight_rows(tl.arange(0, BN), program, out_dim, BN, GATED)
     tile = w + rows.to(tl.int64)[:, None] * in_dim + columns
     first = tl.load(tile, mask=columns < in_dim, other=0.0)
+    if SCALED:
+        scale = tl.load(scales + rows)
     wait(PDL)
-    sums, squares = _one_row_part(first, x, gain, columns, in_dim, BN, BK, NORM)
+    sums, squares = _one_row_part(first, x, gain, columns, in_dim, BN, BK, EACH, NORM)
     for start in tl.range(BK, in_dim, BK, num_stages=STAGES):
         weight = tl.load(tile + start, mask=columns + start < in_dim, other=0.0)
-        more, more_squares = _one_row_part(weight, x, gain, columns + start, in_dim, BN, BK, NORM)
+        more, more_squares = _one_row_part(weight, x, gain, columns + start, in_dim, BN, BK, EACH, NORM)
         sums += more
         squares += more_squares
     y = tl.sum(sums, 1)
+    if SCALED:
+        y *= scale
     if NORM:
         y *= tl.rsqrt(tl.sum(squares) / in_dim + tl.load(eps))
     if GATED:
@@ -118,9 +125,9 @@ def skinny_linear_triton(
     cut = choose_cut(weight.shape[0]) if cut is None else cut
     overlap = overlaps(x)
     gain, eps = (x, x) if norm is None else norm
-    _one_row_kernel[(triton.cdiv(weight.shape[0], cut["BN"]),)](
-        x, weight, out, gain, eps, in_dim, out_dim, BN=cut["BN"], BK=cut["BK"], NORM=norm is not None,
-        RESIDUAL=residual is not None, GATED=gated, PDL=overlap,
+    one_row_kernel[(triton.cdiv(weight.shape[0], cut["BN"]),)](
+        x, weight, weight, out, gain, eps, in_dim, out_dim, BN=cut["BN"], BK=cut["BK"], EACH=8, SCALED=False,
+        NORM=norm is not None, RESIDUAL=residual is not None, GATED=gated, PDL=overlap,
         STAGES=cut["stages"], num_warps=cut["warps"],
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip

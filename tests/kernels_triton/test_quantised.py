@@ -1,0 +1,86 @@
+"""Products of few rows with codes of one byte against the decoded matrix in float64: odd shapes, every variant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specserve_kernels.skinny.codes import Coded, Kind, decode_ref, decode_triton, empty_coded, encode
+from specserve_kernels.skinny.linear import skinny_linear_ref
+from specserve_kernels.skinny.quantised import quantised_one_row_triton
+from specserve_kernels.skinny.quantised_rows import choose_cut, quantised_rows_triton
+from specserve_kernels.tolerances import OP
+
+VARIANTS = [(False, False, False), (True, False, False), (False, True, False), (False, True, True), (True, True, False)]
+KINDS: tuple[Kind, ...] = ("fp8", "int8")
+
+
+def made(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.25).to(device, dtype)
+
+
+def coded(kind: Kind, out_dim: int, in_dim: int, device: torch.device) -> Coded:
+    into = empty_coded(kind, out_dim, in_dim, device)
+    encode(made(out_dim, in_dim, dtype=torch.float32, device=device), into)
+    return into
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding(kind: Kind, device: torch.device) -> None:
+    weight = coded(kind, 37, 130, device)
+    assert torch.equal(decode_triton(weight, torch.float32), decode_ref(weight, torch.float32))
+    for dtype in (torch.bfloat16, torch.float16):
+        rtol, atol = OP[dtype]
+        torch.testing.assert_close(decode_triton(weight, dtype), decode_ref(weight, dtype), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("adds", "norms", "gated"), VARIANTS)
+def test_one_row(kind: Kind, dtype: torch.dtype, adds: bool, norms: bool, gated: bool, device: torch.device) -> None:
+    torch.manual_seed(1)
+    for out_dim, in_dim in ((54, 272), (36, 1160)):
+        x = made(3, in_dim + 8, dtype=dtype, device=device)[1:2, :in_dim]
+        weight = coded(kind, out_dim, in_dim, device)
+        residual = made(1, out_dim, dtype=dtype, device=device) if adds else None
+        norm = (made(in_dim, dtype=dtype, device=device), torch.tensor(1e-5, device=device)) if norms else None
+        wide_norm = None if norm is None else (norm[0].double(), norm[1].double())
+        wide = None if residual is None else residual.double()
+        expected = skinny_linear_ref(x.double(), decode_ref(weight, torch.float64), wide, wide_norm, gated)
+        got = quantised_one_row_triton(x, weight, residual, norm, gated)
+        assert residual is None or got is residual
+        rtol, atol = OP[dtype]
+        torch.testing.assert_close(got, expected.to(dtype), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [2, 16, 37, 130])
+@pytest.mark.parametrize(("adds", "gated", "splits"), [(0, 0, 1), (1, 0, 4), (0, 1, 1), (0, 1, 2), (0, 0, 8)])
+def test_some_rows(kind: Kind, rows: int, adds: int, gated: int, splits: int, device: torch.device) -> None:
+    """Rows and columns that fill no tile, parts that get nothing, x and the residual as views."""
+    torch.manual_seed(2)
+    x = made(rows + 2, 728, dtype=torch.bfloat16, device=device)[1 : rows + 1, :720]
+    weight = coded(kind, 152, 720, device)
+    residual = made(rows, 152, dtype=torch.bfloat16, device=device) if adds else None
+    wide = None if residual is None else residual.double()
+    expected = skinny_linear_ref(x.double(), decode_ref(weight, torch.float64), wide, None, bool(gated)).to(x.dtype)
+    arrivals = torch.zeros(64, dtype=torch.int32, device=device)
+    cut = {**choose_cut(rows, 152, 720), "SPLITS": splits}
+
+    def run(first: int) -> torch.Tensor:
+        mine = None if residual is None else residual[first:].clone()
+        return quantised_rows_triton(x[first:], weight, mine, bool(gated), arrivals, cut)
+
+    got = run(0)
+    rtol, atol = OP[x.dtype]
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+    assert not arrivals.any()
+    assert torch.equal(run(0), got)
+    assert torch.equal(run(1), got[1:])  # a row does not depend on the others
+
+
+def test_float32(device: torch.device) -> None:
+    x, weight = made(3, 96, dtype=torch.float32, device=device), coded("int8", 70, 96, device)
+    expected = (x.double() @ decode_ref(weight, torch.float64).t()).float()
+    rtol, atol = OP[torch.float32]
+    torch.testing.assert_close(quantised_rows_triton(x, weight), expected, rtol=rtol, atol=atol)
