@@ -13,6 +13,8 @@ from specserve.core.errors import InvalidRequestError
 
 DEMO_ROOT = Path(__file__).parent / "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Quantization = Literal["none", "fp8", "int8"]
+AutoQuantization = Literal["auto", "fp8", "int8", "none"]
 MAX_DRAFTS = 64  # a step and request
 MAX_DEPTH = 2  # steps in flight
 MAX_BLOCK_SIZE = 1024
@@ -28,6 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculation_method: Literal["auto", "rejection", "coupled"] = "auto"
     proposer: str | None = None  # default: draft_model where there is one, else none
     dtype: Dtype = "auto"
+    quantization: Quantization = "none"  # of the model's weights, while they are loaded
+    draft_quantization: AutoQuantization = "auto"  # of the draft model's
     device: str = "auto"
     seed: int | None = None  # of requests without their own; None: from the system's entropy
     block_size: int = 16

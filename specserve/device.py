@@ -22,6 +22,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU computes with e4m3 floats of one byte: compute capability 8.9 and later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def free_memory(device: torch.device, utilization: float) -> int:
     """Bytes of a GPU that may still be taken if `utilization` of all its memory is ours to use.
 

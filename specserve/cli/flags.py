@@ -17,6 +17,8 @@ ENGINE_HELP = {
     "speculation_method": "how drafts are verified; auto: coupled for requests with a seed, rejection for others",
     "proposer": "who drafts; default: the draft model where there is one",
     "dtype": "of weights and cache; auto: the model's own",
+    "quantization": "of the model's weights, done while loading: one byte each",
+    "draft_quantization": "of the draft model's; auto: fp8 on GPUs that have it, int8 on a CPU where it is faster",
     "device": "auto, cpu, cuda, cuda:1, …",
     "seed": "of requests without their own",
     "block_size": "tokens a page of the KV cache",

@@ -206,7 +206,9 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     proposers: list[str]
     num_blocks: int
     device: str
-    dtype: str
+    dtype: str  # of activations and cache, and of weights that are not quantised
+    quantization: str = "none"  # of the model's weights
+    draft_quantization: str | None = None  # of the draft model's; None: there is none
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):

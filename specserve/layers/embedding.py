@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from specserve.layers.storage import Parameter, whole
 from specserve_kernels.gather import gather_rows
 from specserve_kernels.skinny.linear import arrivals, is_skinny, skinny_linear
+
+
+class Head(Protocol):
+    """What makes logits of hidden states."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] → [N, vocab], in the model's dtype."""
 
 
 class VocabMatrix:

@@ -1,6 +1,6 @@
 """How a linear's weights are kept: allocated once, filled part by part from a checkpoint, multiplied.
 
-A storage of another kind (quantised, sharded) is another class with the same methods.
+A storage of another kind is another class with the same methods (layers.quantised), and a line in layers.storages.
 """
 
 from __future__ import annotations
@@ -18,19 +18,42 @@ from specserve_kernels.dispatch import runs_triton
 from specserve_kernels.lora.folded import Folded
 from specserve_kernels.lora.grouped import GroupedLora
 from specserve_kernels.norm import rms_norm
+from specserve_kernels.skinny.codes import Coded, encode
 from specserve_kernels.skinny.linear import Norm, arrivals, is_skinny, skinny_linear, takes_lora
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """Where one checkpoint tensor goes: `shape` as the checkpoint has it, `destination` broadcastable from it."""
+    """Where one checkpoint tensor goes: `shape` as the checkpoint has it, `destination` broadcastable from it.
+
+    With `scales`, the destination takes codes of the tensor (specserve_kernels.skinny.codes). `twin`: another place for
+    the same tensor.
+    """
 
     destination: Tensor
     shape: tuple[int, ...]
+    scales: Tensor | None = None
+    twin: Parameter | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is filled; scales, which are few, left out."""
+        return self.destination.nbytes + (self.twin.nbytes if self.twin is not None else 0)
+
+    def rows(self, first: int, last: int) -> Parameter:
+        """What takes rows first … last - 1 of the checkpoint's tensor, which must not be broadcast."""
+        part = self.destination[first:last]
+        scales = None if self.scales is None else self.scales[first:last]
+        return Parameter(part, tuple(part.shape), scales, None if self.twin is None else self.twin.rows(first, last))
 
     def load(self, tensor: Tensor) -> None:
-        """Copy, converting device and dtype."""
-        self.destination.copy_(tensor)
+        """Copy, converting device and dtype, or quantise."""
+        if self.scales is None:
+            self.destination.copy_(tensor)
+        else:
+            encode(tensor, Coded(self.destination, self.scales))
+        if self.twin is not None:
+            self.twin.load(tensor)
 
 
 def whole(tensor: Tensor) -> Parameter:

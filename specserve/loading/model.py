@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from specserve.config import Dtype
+from specserve.config import AutoQuantization, Dtype
 from specserve.core.errors import ModelLoadError
 from specserve.loading.checkpoint import fill
 from specserve.loading.progress import progress_bar
+from specserve.loading.quantization import resolve_quantization
 from specserve.loading.source import resolve_folder
 from specserve.models.decoder import Decoder
 from specserve.models.registry import build_model
@@ -26,20 +27,28 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def load_model(
-    name_or_path: str, *, dtype: Dtype = "auto", device: torch.device | str = "cpu", progress: bool = False
+    name_or_path: str,
+    *,
+    dtype: Dtype = "auto",
+    device: torch.device | str = "cpu",
+    quantization: AutoQuantization = "none",
+    progress: bool = False,
 ) -> Decoder:
     """Load a model from a local folder or a hub id onto `device`; `progress` shows it on stderr.
 
-    `dtype` "auto": the config's on an accelerator, float32 on a CPU. Raises ModelLoadError, in one sentence that names
-    the file, tensor or setting, when the model cannot be read or is not supported.
+    `dtype` "auto": the config's on an accelerator, float32 on a CPU. `quantization`: of the linears and the head, while
+    they are loaded; "auto": what makes decoding fastest here, see loading.quantization. Raises ModelLoadError, in one
+    sentence that names the file, tensor or setting, when the model cannot be read or is not supported.
     """
     place = torch.device(device)
     folder = resolve_folder(name_or_path)
     config = read_config(folder)
+    kind = resolve_dtype(dtype, config, place)
     model = build_model(
-        config, dtype=resolve_dtype(dtype, config, place), device=place, eos_token_ids=read_eos(folder, config)
-    )
-    total = sum(parameter.destination.nbytes for parameter in model.parameters.values())
+        config, dtype=kind, device=place, eos_token_ids=read_eos(folder, config),
+        quantization=resolve_quantization(quantization, config, kind, place),
+    )  # fmt: skip
+    total = sum(parameter.nbytes for parameter in model.parameters.values())
     with progress_bar(
         f"Loading weights of {Path(name_or_path).name or name_or_path}", total, shown=progress
     ) as advance:

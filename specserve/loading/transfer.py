@@ -3,7 +3,8 @@
 Tensors go in pieces of rows. For a GPU a piece is read into page-locked memory, already in the parameter's dtype, and
 copied from there at the bus's speed: a copy straight from a mapped file waits for the disk page by page, and the bus
 waits with it. On a CPU a piece is a few rows: where a parameter lies transposed, a column of few rows is read from
-cache, not from memory. Beside the model, memory holds a few pieces; the files' pages are the system's cache.
+cache, not from memory. Beside the model, memory holds a few pieces, so does quantising, which goes piece by piece; the
+files' pages are the system's cache.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from specserve.layers.storage import Parameter, whole
+from specserve.layers.storage import Parameter
 
 THREADS = 4
 PIECE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -47,14 +48,15 @@ def _pieces(parameter: Parameter, tensor: Tensor) -> Iterator[tuple[Parameter, T
         return
     step = max(1, limit // destination[0].nbytes)
     for first in range(0, len(tensor), step):
-        yield whole(destination[first : first + step]), tensor[first : first + step]
+        yield parameter.rows(first, first + step), tensor[first : first + step]
 
 
 @torch.inference_mode()  # a caller's would not reach this thread, and its parameters could not be written without
 def _load(parameter: Parameter, tensor: Tensor) -> int:
     destination = parameter.destination
     if destination.device.type != "cpu":
-        # torch keeps page-locked memory for the next piece of this size.
-        tensor = torch.empty(tensor.shape, dtype=destination.dtype, pin_memory=True).copy_(tensor)
+        # torch keeps page-locked memory for the next piece of this size. What is quantised travels as it is.
+        dtype = destination.dtype if parameter.scales is None else tensor.dtype
+        tensor = torch.empty(tensor.shape, dtype=dtype, pin_memory=True).copy_(tensor)
     parameter.load(tensor)
-    return destination.nbytes
+    return parameter.nbytes

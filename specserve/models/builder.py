@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from specserve.layers.attention import Attention
-from specserve.layers.embedding import VocabMatrix
+from specserve.layers.embedding import Head, VocabMatrix
 from specserve.layers.linear import Linear
 from specserve.layers.mlp import GatedMLP
 from specserve.layers.norm import HeadNorm, RMSNorm
+from specserve.layers.quantised import QuantisedHead
 from specserve.layers.rotary import Rotary
-from specserve.layers.storage import DenseStorage, Parameter
+from specserve.layers.storage import Parameter
+from specserve.layers.storages import STORAGES
 from specserve.models.decoder import Block, Decoder
 from specserve.models.spec import ModelSpec
 from specserve_adapters.spec import LinearSpec
@@ -62,7 +64,7 @@ class _Builder:
             embedding=embedding,
             blocks=[self._block(layer) for layer in range(spec.num_layers)],
             norm=self._norm("model.norm."),
-            head=embedding if tied else self._vocab("lm_head."),
+            head=self._head(embedding, tied=tied),
             parameters=self._parameters,
             ignored=frozenset({"lm_head.weight"} if tied else ()),
             linears=self._linears,
@@ -96,7 +98,7 @@ class _Builder:
 
     def _linear(self, layer: int, prefix: str, in_features: int, parts: Mapping[str, int], *, bias: bool) -> Linear:
         spec = LinearSpec(layer, in_features, tuple(parts.items()))
-        storage = DenseStorage(
+        storage = STORAGES[self._spec.quantization](
             in_features, tuple(parts.values()), bias=bias, dtype=self._spec.dtype, device=self._device
         )
         linear = Linear(spec, len(self._linears), storage)
@@ -122,6 +124,20 @@ class _Builder:
         matrix = VocabMatrix(self._spec.vocab_size, self._spec.hidden_size, dtype=self._spec.dtype, device=self._device)
         self._own(prefix, matrix.parameters())
         return matrix
+
+    def _head(self, embedding: VocabMatrix, *, tied: bool) -> Head:
+        """The output head. What embeds is never quantised, so a quantised head has codes of its own even where the
+        checkpoint has one matrix for both."""
+        spec = self._spec
+        if spec.quantization == "none":
+            return embedding if tied else self._vocab("lm_head.")
+        head = QuantisedHead(spec.quantization, spec.vocab_size, spec.hidden_size, device=self._device)
+        if tied:
+            name = "model.embed_tokens.weight"
+            self._parameters[name] = replace(self._parameters[name], twin=head.parameters()["weight"])
+        else:
+            self._own("lm_head.", head.parameters())
+        return head
 
     def _own(self, prefix: str, parameters: Mapping[str, Parameter]) -> None:
         self._parameters.update({prefix + name: parameter for name, parameter in parameters.items()})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specserve.layers.attention import Attention, Step
 from specserve.layers.context import ForwardContext
-from specserve.layers.embedding import VocabMatrix
+from specserve.layers.embedding import Head, VocabMatrix
 from specserve.layers.linear import Linear
 from specserve.layers.mlp import GatedMLP
 from specserve.layers.norm import RMSNorm
@@ -55,7 +55,7 @@ class Decoder:
     embedding: VocabMatrix
     blocks: Sequence[Block]
     norm: RMSNorm
-    head: VocabMatrix
+    head: Head
 
     def forward(self, input_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """Token ids [T] int64 → hidden states [T, hidden] after the last norm. Writes the tokens' keys and values."""

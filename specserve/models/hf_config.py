@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from specserve.config import Quantization
 from specserve.core.errors import ModelLoadError
 from specserve.models.spec import ModelSpec
 
 
-def model_spec(config: Any, *, dtype: torch.dtype, eos_token_ids: tuple[int, ...]) -> ModelSpec:
+def model_spec(
+    config: Any, *, dtype: torch.dtype, eos_token_ids: tuple[int, ...], quantization: Quantization = "none"
+) -> ModelSpec:
     """Sizes of a transformers config in its usual names."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -27,6 +30,7 @@ def model_spec(config: Any, *, dtype: torch.dtype, eos_token_ids: tuple[int, ...
         max_model_len=config.max_position_embeddings,
         eos_token_ids=eos_token_ids,
         dtype=dtype,
+        quantization=quantization,
     )
 
 

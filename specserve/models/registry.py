@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from specserve.config import Quantization
 from specserve.core.errors import ModelLoadError
 from specserve.models import llama, mistral, qwen2, qwen3
 from specserve.models.builder import DecoderShape, build
@@ -25,9 +26,14 @@ FAMILIES: Mapping[str, Callable[[Any], DecoderShape]] = MappingProxyType(
 
 
 def build_model(
-    config: Any, *, dtype: torch.dtype, device: torch.device, eos_token_ids: tuple[int, ...] = ()
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    eos_token_ids: tuple[int, ...] = (),
+    quantization: Quantization = "none",
 ) -> Decoder:
-    """Allocate the model that a transformers config describes.
+    """Allocate the model that a transformers config describes, with room for weights of that `quantization`.
 
     Raises ModelLoadError naming the architecture, quantisation or setting that is not supported.
     """
@@ -38,9 +44,12 @@ def build_model(
             f"Architecture {architecture or '(none named in config.json)'} is not supported; "
             f"supported are {', '.join(sorted(FAMILIES))}."
         )
-    quantization = getattr(config, "quantization_config", None)
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise ModelLoadError(f"Quantised weights ({method or 'quantization_config'}) are not supported.")
-    spec = model_spec(config, dtype=dtype, eos_token_ids=eos_token_ids)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        raise ModelLoadError(
+            f"Quantised weights ({method or 'quantization_config'}) are not supported: name the model's own; "
+            "--quantization fp8 or int8 quantises them while they are loaded."
+        )
+    spec = model_spec(config, dtype=dtype, eos_token_ids=eos_token_ids, quantization=quantization)
     return build(spec, family(config), device)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from specserve.config import Quantization
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -20,3 +22,4 @@ class ModelSpec:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
+    quantization: Quantization = "none"  # of the linears and the head

@@ -2,8 +2,8 @@
 cores.
 
 A program takes BN rows of W (gated: BN / 2 of Wg with their partners of Wu), one of SPLITS parts of `in` and TOKENS
-rows of x. W is the left operand, whose rows fill the instruction, xᵀ the narrow one. The first tile of W is loaded while
-the kernels before still run (see overlap), the others through a ring of STAGES in shared memory.
+rows of x. W is the left operand, whose rows fill the instruction, xᵀ the narrow one. The first tile of W is loaded
+while the kernels before still run (see overlap), the others through a ring of STAGES in shared memory.
 
 With parts, each stores its fp32 sums in a workspace [SPLITS, tiles of x, tiles of W, BN, TOKENS]; the one to arrive
 last adds them in the order of the parts, so that the result does not depend on who was last, and sets its counter of

@@ -88,7 +88,10 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = (),
     runner = ModelRunner(states[0], states[1] if draft else None, rows, proposers, adapters.host, device)
     num_blocks = allocate_kv_caches(config, runner, max_model_len, batched_tokens)
     if device.type == "cuda" and not config.enforce_eager and target.spec.dtype != torch.float64:
-        runner.capture_graphs(config.max_num_seqs, max_model_len, with_adapters=config.max_loras > 0, progress=progress)
+        with_adapters = config.max_loras > 0
+        runner.capture_graphs(
+            config.max_num_seqs, max_model_len, batched_tokens, with_adapters=with_adapters, progress=progress
+        )
     return Resolved(
         config=config, spec=target.spec, runner=runner, adapters=adapters, proposers=proposers, device=device,
         num_blocks=num_blocks, max_model_len=max_model_len, max_num_batched_tokens=batched_tokens,

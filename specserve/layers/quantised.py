@@ -1,0 +1,76 @@
+"""Weights in one byte each: quantised while they are loaded, multiplied as codes (specserve_kernels.skinny.quantised).
+
+Activations, embeddings, norms, biases and adapters keep the model's dtype. Adapters are added beside the product, not
+folded into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specserve.layers.context import LoraApplier
+from specserve.layers.storage import Parameter, whole
+from specserve_kernels.activation import silu_mul
+from specserve_kernels.lora.folded import Folded
+from specserve_kernels.skinny.codes import Coded, Kind, empty_coded
+from specserve_kernels.skinny.linear import Norm, arrivals
+from specserve_kernels.skinny.quantised import quantised_linear
+
+
+class QuantisedStorage:
+    """Codes [out, in] and a scale for each output, and an optional bias [out] in the model's dtype."""
+
+    def __init__(
+        self, kind: Kind, in_features: int, widths: Sequence[int], *, bias: bool, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._widths = tuple(widths)
+        self._coded = empty_coded(kind, sum(widths), in_features, device)
+        self._bias = torch.empty(sum(widths), dtype=dtype, device=device) if bias else None
+        self._arrivals = arrivals(device)
+
+    def parameters(self) -> list[dict[str, Parameter]]:
+        codes, scales = (values.split_with_sizes(self._widths) for values in self._coded)
+        parts = [{"weight": _quantised(Coded(*part))} for part in zip(codes, scales, strict=True)]
+        if self._bias is not None:
+            for part, values in zip(parts, self._bias.split_with_sizes(self._widths), strict=True):
+                part["bias"] = whole(values)
+        return parts
+
+    def matmul(self, x: Tensor, norm: Norm | None = None, *, gated: bool = False, lora: Folded | None = None) -> Tensor:
+        assert lora is None, "nothing is folded into codes"
+        if self._bias is None:
+            return quantised_linear(x, self._coded, norm=norm, gated=gated, arrivals=self._arrivals)
+        y = quantised_linear(x, self._coded, norm=norm, arrivals=self._arrivals).add_(self._bias)
+        return silu_mul(y) if gated else y
+
+    def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None) -> None:
+        assert lora is None, "nothing is folded into codes"
+        quantised_linear(x, self._coded, residual=y, arrivals=self._arrivals)
+        if self._bias is not None:
+            y.add_(self._bias)
+
+    def fold(self, x: Tensor, lora: LoraApplier, linear_index: int) -> None:
+        return None
+
+
+class QuantisedHead:
+    """The output head [vocab, hidden] as codes."""
+
+    def __init__(self, kind: Kind, vocab_size: int, hidden_size: int, *, device: torch.device) -> None:
+        self._coded = empty_coded(kind, vocab_size, hidden_size, device)
+        self._arrivals = arrivals(device)
+
+    def parameters(self) -> dict[str, Parameter]:
+        return {"weight": _quantised(self._coded)}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] → [N, vocab], in the dtype of `hidden`."""
+        return quantised_linear(hidden, self._coded, arrivals=self._arrivals)
+
+
+def _quantised(coded: Coded) -> Parameter:
+    return Parameter(coded.codes, tuple(coded.codes.shape), coded.scales)
