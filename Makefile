@@ -10,7 +10,7 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 PYTEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-laws test-gpu test-stress check format demo bench-cpu bench-engine bench-adapters bench-kernels profile clean
+.PHONY: help install test test-slow test-laws test-gpu test-stress check format demo bench-cpu bench-engine bench-adapters bench-kernels bench-text profile clean
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s  %s\n", $$1, $$2}' Makefile
@@ -83,6 +83,11 @@ bench-adapters: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure what 
 
 bench-kernels: $(INSTALLED) ## Measure each kernel on a GPU against its floor: ONLY=norm,lora
 	$(BIN)/python -m benchmarks.ops $(if $(ONLY),--only $(ONLY))
+
+MINUTES ?= 10
+
+bench-text: $(INSTALLED) ## Measure on a GPU what draft companions give on real text: MINUTES=10
+	$(BIN)/python -m benchmarks.real_text build/real-text --minutes $(MINUTES)
 
 profile: $(PAIRS)/pair/pair.json ## Show where a decode step's time goes: MODE=lora8_spec4 BATCH=8
 	$(BIN)/python -m benchmarks.step_profile $(PAIRS)/pair --mode $(firstword $(subst $(COMMA), ,$(MODE))) --batch $(BATCH)

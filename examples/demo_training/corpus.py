@@ -22,10 +22,10 @@ SUFFIXES = {
     "css": (".css",),
     "sql": (".sql", ".py"),
 }
-_UNWANTED = re.compile(
+UNWANTED = re.compile(
     r"\.min\.|[._/-]rtl|/umd/|/amd/|/locales?/|/i18n/|\.bundle\.|/vendored?/|/_vendor/|/node_modules/"
 )
-_TESTS = re.compile(r"(^|/)(tests?|testing|benchmarks?)/|(^|/)test_|_test\.py|conftest")
+TESTS = re.compile(r"(^|/)(tests?|testing|benchmarks?)/|(^|/)test_|_test\.py|conftest")
 _LOCALE_JS = re.compile(r"(^|/)locale[s]?[/.]")
 _SQL_START = re.compile(r"\s*(SELECT|WITH|CREATE|INSERT|UPDATE|DELETE|MERGE|ALTER)\s")
 PACKAGE_CAP = 2_500_000  # characters of one package in one domain, so that no package dominates
@@ -48,7 +48,7 @@ class Document:
 def build(work: Path, tiny: bool) -> Path:
     """Write `corpus.jsonl.xz` under `work` and return its path. `tiny` reads the standard library alone, offline."""
     documents = list(_tiny_files() if tiny else _files(work / "packages"))
-    kept = _without_repeats(documents)
+    kept = without_repeats(documents)
     path = work / "corpus.jsonl.xz"
     with lzma.open(path, "wt", preset=1, encoding="utf-8") as out:
         for document in [*kept, *_chats(kept)]:
@@ -77,12 +77,12 @@ def _tiny_files() -> Iterator[Document]:
     for path, data in list(archives.standard_library())[::4]:
         if len(data) < 30_000:
             text = data.decode("utf-8", "replace")
-            yield _document(domains[_hash(path) % len(domains)], "python-stdlib", path, text, percent=25)
+            yield _document(domains[stable_hash(path) % len(domains)], "python-stdlib", path, text, percent=25)
 
 
 def _filtered(package: Package, domain: str, files: Iterator[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
     for path, data in files:
-        is_test = bool(_TESTS.search(path))
+        is_test = bool(TESTS.search(path))
         unwanted = {
             "python": is_test,
             "docs": "examples/" not in path,
@@ -91,32 +91,32 @@ def _filtered(package: Package, domain: str, files: Iterator[tuple[str, bytes]])
             "sql": "tpc" in path or (path.endswith(".py") and not is_test),
             "javascript": bool(_LOCALE_JS.search(path)),
         }.get(domain, False)
-        if not unwanted and not _UNWANTED.search(path):
+        if not unwanted and not UNWANTED.search(path):
             yield path, data
 
 
 def _capped(domain: str, source: str, files: Iterator[tuple[str, bytes]]) -> Iterator[Document]:
     """Yield documents in an order that depends on their paths' hashes, until the package's share is used up."""
     total = 0
-    for path, data in sorted(files, key=lambda file: _hash(file[0])):
+    for path, data in sorted(files, key=lambda file: stable_hash(file[0])):
         try:
             text = data.decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError:
             continue
         if domain == "sql" and path.endswith(".py"):
             text = _sql_strings(text)
-        if not _readable(text) or total > PACKAGE_CAP:
+        if not readable(text) or total > PACKAGE_CAP:
             continue
         total += len(text)
         yield _document(domain, source, path, text)
 
 
 def _document(domain: str, source: str, path: str, text: str, percent: int | None = None) -> Document:
-    held_out = _hash(f"{source}/{path}") % 100 < (percent or HELD_OUT_PERCENT.get(domain, 5))
+    held_out = stable_hash(f"{source}/{path}") % 100 < (percent or HELD_OUT_PERCENT.get(domain, 5))
     return Document(domain, "text", "held_out" if held_out else "train", source, path, text)
 
 
-def _readable(text: str) -> bool:
+def readable(text: str) -> bool:
     """Say whether a file looks written by people: not tiny, not huge, no tables or minified code."""
     if not 200 <= len(text) <= 300_000:
         return False
@@ -134,15 +134,15 @@ def _sql_strings(text: str) -> str:
     return "".join(f"{value};\n" for value in dict.fromkeys(found) if 30 <= len(value) <= 2_000)
 
 
-def _without_repeats(documents: list[Document]) -> list[Document]:
+def without_repeats(documents: list[Document]) -> list[Document]:
     """Drop files most of whose longer lines were seen in earlier files; held-out files come last and are judged harder.
 
     Packages ship the same code twice (bundles, copies): without this, held-out text would be training text.
     """
     seen: set[int] = set()
     kept = []
-    for document in sorted(documents, key=lambda document: (document.split == "held_out", _hash(document.path))):
-        lines = {_hash(line) for line in map(str.strip, document.text.splitlines()) if len(line) >= 24}
+    for document in sorted(documents, key=lambda document: (document.split == "held_out", stable_hash(document.path))):
+        lines = {stable_hash(line) for line in map(str.strip, document.text.splitlines()) if len(line) >= 24}
         limit = 0.4 if document.split == "held_out" else 0.6
         if len(lines & seen) <= limit * len(lines):
             kept.append(document)
@@ -162,5 +162,5 @@ def _chats(documents: list[Document]) -> Iterator[Document]:
             yield Document(**fields)
 
 
-def _hash(text: str) -> int:
+def stable_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

@@ -124,8 +124,7 @@ def tiny(settings: Settings) -> Settings:
 def llama(sizes: dict[str, int], settings: Settings, ids: dict[str, int]) -> LlamaConfig:
     """Return the configuration of a tied-embedding Llama; `ids` has pad, bos, eos and end."""
     return LlamaConfig(
-        **sizes,
-        head_dim=32,
+        **({"head_dim": 32} | sizes),
         vocab_size=settings.vocab_size,
         max_position_embeddings=settings.window,
         tie_word_embeddings=True,

@@ -120,7 +120,7 @@ def _engine_counts(
 ) -> dict[str, tuple[Counted, Counted]]:
     """What the engine counts (sampled, greedy) on these prompts with each companion."""
     adapters = {
-        name: _dressed(job.adapter, folder, place / str(n)) for n, (name, folder) in enumerate(companions.items())
+        name: dressed(job.adapter, folder, place / str(n)) for n, (name, folder) in enumerate(companions.items())
     }
     counts: dict[str, tuple[Counted, Counted]] = {}
     with engine(job, job.draft_model, adapters) as llm:
@@ -130,8 +130,8 @@ def _engine_counts(
     return counts
 
 
-def _dressed(adapter: Path, companion: Path | None, folder: Path) -> Path:
-    """A folder with the adapter's files and this companion or none, by links."""
+def dressed(adapter: Path, companion: Path | None, folder: Path) -> Path:
+    """Make `folder` hold the adapter's files and this companion or none, by links."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
