@@ -38,7 +38,7 @@ def test_one_row(adds: bool, norms: bool, gated: bool, device: torch.device) -> 
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("rows", [2, 8, 13, 32, 64])
+@pytest.mark.parametrize("rows", [2, 8, 13, 32, 64, 128])
 @pytest.mark.parametrize(("adds", "gated", "parted"), [(0, 0, 0), (1, 0, 1), (0, 1, 0), (0, 0, 1)])
 def test_some_rows_on_hopper(rows: int, adds: int, gated: int, parted: int, device: torch.device) -> None:
     x = made((rows + 2, 1168), torch.bfloat16, device)[1 : rows + 1, :1160]
@@ -81,7 +81,7 @@ def grouped(
     return grouped_lora([factors], int(ranks.max()), ranks, rows, row_slots, row_weights)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 13, 32])
+@pytest.mark.parametrize("rows", [1, 2, 8, 13, 32, 64, 100])
 @pytest.mark.parametrize("per_row", [1, 3])
 @pytest.mark.parametrize(
     ("widths", "adds", "gated"), [((256, 64, 64), 0, 0), ((448,), 1, 0), ((192, 192), 0, 1), ((384,), 0, 1)]

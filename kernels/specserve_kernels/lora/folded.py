@@ -11,6 +11,8 @@ from torch import Tensor
 
 from specserve_kernels.lora.tiles import LoraTiles
 
+MOST_FOLDED = 128
+"""Tokens up to which a product may add adapters itself."""
 MANY_BLOCKS = 16
 """Rank blocks from which on reading A and B takes as long as reading a small W."""
 

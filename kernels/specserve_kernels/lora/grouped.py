@@ -23,7 +23,7 @@ from torch import Tensor
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.language import cdiv, power_of_2, tl
 from specserve_kernels.lora.expand import MAX_PARTS, add_kernel, rotate_kernel, silu_kernel
-from specserve_kernels.lora.folded import Folded
+from specserve_kernels.lora.folded import MOST_FOLDED, Folded
 from specserve_kernels.lora.shrink import arrivals_of, shrink, shrink_cut
 from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, lora_tiles
 from specserve_kernels.overlap import overlaps
@@ -201,19 +201,20 @@ class GroupedLora:
     num_tokens: int
     many: bool  # rank blocks are expected, as Folded says
     counters: Tensor  # zeros: `ready` of each linear for `fold`, then the arrivals of either
+    whole: LoraTiles | None  # all tokens in one tile, where they are few
 
     @property
     def foldable(self) -> bool:
         """Whether there are so few tokens that products may add adapters themselves."""
-        return self.tiles.counts.shape[0] == 1
+        return self.whole is not None
 
     def fold(self, linear_index: int, x: Tensor) -> Folded:
         """What the product of linear `linear_index` takes to add its adapters itself, once a forward."""
         a, b, widths = self.linears[linear_index]
         assert x.shape == (self.num_tokens, a.shape[1]) and x.dtype == a.dtype, (x.shape, x.dtype, a.shape)
-        assert self.foldable, self.num_tokens
+        assert self.whole is not None, self.num_tokens
         ready, arrivals = self.counters[linear_index : linear_index + 1], self.counters[len(self.linears) :]
-        return Folded(a, b, widths, self.rank_stride, self.tiles, self.many, arrivals, ready)
+        return Folded(a, b, widths, self.rank_stride, self.whole, self.many, arrivals, ready)
 
     def update(self, linear_index: int, x: Tensor) -> Shrunk:
         """What the adapters add to linear `linear_index` of x [T, in_features]: its first half, of x as it is now."""
@@ -236,7 +237,12 @@ def grouped_lora(
 
     slot_ranks [S] int64, 0 for an empty slot, none above max_rank; the others as in `lora_tiles`.
     """
-    tiles = lora_tiles(token_rows, row_slots, row_weights, slot_ranks, max_rank)
-    num_tiles, most = tiles.blocks.shape
-    counters = tiles.blocks.new_zeros(len(linears) + arrivals_of(num_tiles, MAX_PARTS, most))
-    return GroupedLora(linears, cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK, tiles, token_rows.shape[0], many, counters)
+    inputs, num_tokens = (token_rows, row_slots, row_weights, slot_ranks, max_rank), token_rows.shape[0]
+    tiles = lora_tiles(*inputs)
+    whole = tiles if tiles.counts.shape[0] == 1 else None
+    if whole is None and num_tokens <= MOST_FOLDED:
+        whole = lora_tiles(*inputs, tile=MOST_FOLDED)
+    arrivals = max(arrivals_of(t.blocks.shape[0], MAX_PARTS, t.blocks.shape[1]) for t in (tiles, whole or tiles))
+    counters = tiles.blocks.new_zeros(len(linears) + arrivals)
+    stride = cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK
+    return GroupedLora(linears, stride, tiles, num_tokens, many, counters, whole)

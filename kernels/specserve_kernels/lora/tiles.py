@@ -44,9 +44,10 @@ def tile_size(num_tokens: int) -> int:
 
 
 def lora_tiles(
-    token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, slot_ranks: Tensor, max_rank: int
-) -> LoraTiles:
-    """The above for ranks up to `max_rank`: one launch, a few µs, no synchronisation.
+    token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, slot_ranks: Tensor, max_rank: int,
+    tile: int | None = None,
+) -> LoraTiles:  # fmt: skip
+    """The above for ranks up to `max_rank`: one launch, a few µs, no synchronisation. `tile`: instead of `tile_size`'s.
 
     It has ended before any later kernel starts, so that those may read it before they wait for each other (see
     overlap).
@@ -57,7 +58,7 @@ def lora_tiles(
     assert row_slots.shape == row_weights.shape, (row_slots.shape, row_weights.shape)
     assert token_rows.stride(0) == slot_ranks.stride(0) == row_slots.stride(1) == row_weights.stride(1) == 1
     assert num_slots < 2**15 and max_rank <= 256 * RANK_BLOCK, "a code holds 15 bits of slot and 8 of block"
-    tile = tile_size(num_tokens)
+    tile = tile or tile_size(num_tokens)
     num_tiles = max(1, cdiv(num_tokens, tile))
     most = min(num_slots, tile * per_row) * cdiv(max_rank, RANK_BLOCK)
     token_slots = token_rows.new_empty((num_tiles * tile, per_row), dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Products of up to 64 rows for Hopper: y = x Wᵀ at the speed at which W is read. Variants and shapes as in skinny.
+"""Products of up to 128 rows for Hopper: y = x Wᵀ at the speed at which W is read. Variants and shapes as in skinny.
 
 A program takes ROWS rows of W (gated: as many of Wg and of Wu) and one of SPLITS parts of `in`. One warp copies tiles
 of W and x into a ring of STAGES stages in shared memory with the tensor memory accelerator, four warps multiply them:
@@ -42,7 +42,8 @@ _WIDTH = 64  # columns of a tile: 128 bytes, the widest swizzle
 _HALF = 111 * 1024  # of a multiprocessor's memory: two programs on it
 _WHOLE = 200 * 1024
 _PROGRAMS = 132  # multiprocessors
-_FOLDS, _MANY_FOLDS = 48, 96  # programs that multiply by A
+MOST_ROWS = 128
+_FOLDS = 48  # programs that multiply by A, where adapters are few
 
 
 @relaunched
@@ -156,9 +157,12 @@ def _tokens(rows: int) -> int:
     return max(8, 1 << (rows - 1).bit_length())
 
 
-def _registers(sums: int, splits: int) -> int:
-    """Of each of the 256 threads: few, for several programs and the next kernel's to share a multiprocessor."""
-    return 80 if sums < 4096 or (sums == 4096 and splits < 4) else 128
+def _registers(sums: int, splits: int, *, alone: bool) -> int:
+    """Of each of the 256 threads: few, for several programs and the next kernel's to share a multiprocessor, unless the
+    program's ring fills its memory anyway."""
+    if sums < 4096 or (sums == 4096 and splits < 4 and not alone):
+        return 80
+    return 200 if alone else 128
 
 
 @lru_cache
@@ -168,7 +172,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 def suits(x: Tensor) -> bool:
     """Whether this kernel is for such x: on Hopper, of 16 bits."""
-    return x.is_cuda and x.shape[0] <= 64 and x.dtype in (torch.bfloat16, torch.float16) and _is_hopper(x.device)
+    return x.is_cuda and x.shape[0] <= MOST_ROWS and x.dtype in (torch.bfloat16, torch.float16) and _is_hopper(x.device)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -185,18 +189,26 @@ def takes_lora(x: Tensor, weight: Tensor, factors: SlotFactors) -> bool:
     return takes(x, weight) and fits and parts and factors.b.is_contiguous()
 
 
-def choose_cut(rows: int, out_dim: int, in_dim: int, gated: bool, *, alone: bool = True) -> dict[str, int]:
+def choose_cut(
+    rows: int, out_dim: int, in_dim: int, gated: bool, *, adapters: bool = False, many: bool = False
+) -> dict[str, int]:
     """Rows of W in a tile (of each matrix), tiles and stages of the ring, parts along `in`. A W of few tiles is parted
-    until every multiprocessor has a program, whose ring fills its memory if it is `alone`; else two programs share a
-    multiprocessor."""
+    until every multiprocessor has a program, whose ring fills its memory unless `many` blocks of adapters' ranks are
+    read beside; else two programs share a multiprocessor. From 64 rows on parts cost more, the more to be added up."""
     tokens, matrices, tiles = _tokens(rows), 2 if gated else 1, cdiv(out_dim, 64)
-    is_small = not gated and tiles <= _PROGRAMS
+    least = 8192 if tokens >= 64 and adapters else 2048
     splits = 1
-    while is_small and splits < 4 and tiles * splits * 2 <= _PROGRAMS and in_dim >= 2048 * splits:
+    while not gated and splits < 4 and tiles * splits * 2 <= _PROGRAMS and in_dim >= least * splits:
         splits *= 2
-    memory = (_WHOLE if is_small and alone else _HALF) - 64 * tokens * 4
-    stages = memory // (2 * (64 * matrices + tokens) * 128)
-    return {"ROWS": 64, "DEPTH": 2, "STAGES": max(2, stages), "SPLITS": splits}
+    depth = 1 if tokens > 64 else 2
+    memory = (_WHOLE if _fills(out_dim, gated, many=many) else _HALF) - min(64 * tokens * 4, 9 * 1024)
+    stages = memory // (2 * (64 * matrices + tokens) * 64 * depth)
+    return {"ROWS": 64, "DEPTH": depth, "STAGES": max(2, stages), "SPLITS": splits}
+
+
+def _fills(out_dim: int, gated: bool, *, many: bool) -> bool:
+    """Whether one program's ring takes a multiprocessor's memory."""
+    return not gated and not many and cdiv(out_dim, 64) <= _PROGRAMS
 
 
 def skinny_linear_hopper(
@@ -214,21 +226,22 @@ def skinny_linear_hopper(
     out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, out_dim) if residual is None else residual
     tokens = _tokens(rows)
-    cut = choose_cut(rows, out_dim, in_dim, gated, alone=lora is None or not lora.many) if cut is None else cut
+    many = lora is not None and lora.many
+    cut = cut or choose_cut(rows, out_dim, in_dim, gated, adapters=lora is not None, many=many)
     splits = 1 if arrivals is None else cut["SPLITS"]
     tiles = cdiv(out_dim, cut["ROWS"])
     assert arrivals is None or arrivals.numel() >= tiles, (arrivals.shape, tiles)
     workspace = out if splits == 1 else x.new_empty(splits, rows, out_dim, dtype=torch.float32)
     w_desc = TensorDescriptor(weight, list(weight.shape), [in_dim, 1], [cut["ROWS"], _WIDTH], _TILE)
     x_desc = TensorDescriptor(x, [rows, in_dim], [x.stride(0), 1], [tokens, _WIDTH], _TILE)
-    overlap = overlaps(x)
+    overlap, sums = overlaps(x), cut["ROWS"] * tokens * (2 if gated else 1)
     arguments = (
         w_desc, x_desc, out, workspace, out if arrivals is None else arrivals, rows, out_dim,
         cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits), out.stride(0),
     )  # fmt: skip
     constants = {
         **cut, "TOKENS": tokens, "SPLITS": splits, "GATED": gated, "RESIDUAL": residual is not None, "PDL": overlap,
-        "num_warps": 4, "maxnreg": _registers(cut["ROWS"] * tokens * (2 if gated else 1), splits),
+        "num_warps": 4, "maxnreg": _registers(sums, splits, alone=_fills(out_dim, gated, many=many)),
     }  # fmt: skip
     if overlap:
         constants["launch_pdl"] = True  # others than NVIDIA's do not know it
@@ -238,7 +251,7 @@ def skinny_linear_hopper(
     assert not gated or lora.widths in ((out_dim, out_dim), (2 * out_dim,)), lora.widths
     most, per_row = lora.tiles.blocks.shape[1], lora.tiles.token_slots.shape[1]
     parts = len(lora.widths)
-    folds, fold_parts = _choose_fold(cdiv(most, 4) * parts, in_dim, many=lora.many)
+    folds, fold_parts = _choose_fold(cdiv(most, 4), parts, in_dim, tokens, tiles * splits, many=many)
     constants |= {"PARTS": parts, "M": per_row}
     _skinny_lora_kernel[(folds + tiles * splits,)](
         *arguments, *_fold_arguments(x, lora, tokens, fold_parts), folds, fold_parts,
@@ -247,11 +260,20 @@ def skinny_linear_hopper(
     return out
 
 
-def _choose_fold(units: int, in_dim: int, *, many: bool) -> tuple[int, int]:
-    """(how many programs compute s, into how many parts along `in` they cut a unit): enough to be done before the
-    others come to it, and no more, for they come before the others, whose copies of W should begin early."""
-    parts = max(1, min(16, in_dim // 512))
-    return min(units * parts, _MANY_FOLDS if many else _FOLDS), parts
+def _choose_fold(
+    units: int, parts: int, in_dim: int, tokens: int, programs: int, *, many: bool
+) -> tuple[int, int]:  # fmt: skip
+    """(how many programs compute s, into how many parts along `in` they cut each of `units` of each of `parts`): enough
+    to be done before the `programs` for W come to it, and no more, for they come before those, whose copies of W should
+    begin early. How many units a batch uses only the device knows."""
+    if many:  # they fill the programs anyway, and adding up parts takes time
+        cuts = max(1, min(8, in_dim // 1024))
+        return min(units * parts * cuts, _PROGRAMS), cuts
+    if tokens < 64:
+        cuts = max(1, min(16, in_dim // 512))
+        return min(units * parts * cuts, _FOLDS), cuts
+    cuts = max(1, min(8, in_dim // 512, 16 // parts))
+    return min(units * parts * cuts, max(28, min(_FOLDS, _PROGRAMS - programs))), cuts
 
 
 def _fold_arguments(x: Tensor, lora: Folded, tokens: int, fold_parts: int) -> tuple[Any, ...]:

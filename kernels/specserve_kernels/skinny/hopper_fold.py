@@ -123,6 +123,16 @@ def consume_fold(fold, w_smem, x_smem, full, empty, TOKENS: gl.constexpr, DEPTH:
 
 
 @gluon.jit
+def _add_four(y, part, there, TOKENS: gl.constexpr):
+    """y + up to four parts, whose loads are on their way together."""
+    one = gl.load(part, mask=there > 0, other=0.0, cache_modifier=".cg")
+    two = gl.load(part + 64 * TOKENS, mask=there > 1, other=0.0, cache_modifier=".cg")
+    three = gl.load(part + 2 * (64 * TOKENS), mask=there > 2, other=0.0, cache_modifier=".cg")
+    four = gl.load(part + 3 * (64 * TOKENS), mask=there > 3, other=0.0, cache_modifier=".cg")
+    return (((y + one) + two) + three) + four
+
+
+@gluon.jit
 def _finish_item(fold, product, item, TOKENS: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr):
     """Store an item's sums; of a unit's last to arrive, store s."""
     # A thread has 4 neighbouring ranks of one token, 16 threads 128 bytes of s.
@@ -138,9 +148,13 @@ def _finish_item(fold, product, item, TOKENS: gl.constexpr, PARTS: gl.constexpr,
     if gl.atomic_add(arrivals + unit, 1, sem="acq_rel", scope="gpu") == parts - 1:
         # Others wrote these: past the first-level cache.
         first_part = workspace + unit * parts * (64 * TOKENS) + place
-        y = gl.load(first_part, cache_modifier=".cg")
-        for i in range(1, parts):
-            y += gl.load(first_part + i * (64 * TOKENS), cache_modifier=".cg")
+        y = gl.zeros([64, TOKENS], gl.float32, STORED)
+        if TOKENS <= 32:
+            for i in range(0, parts, 4):
+                y = _add_four(y, first_part + i * (64 * TOKENS), parts - i, TOKENS)
+        else:  # registers for one at a time
+            for i in range(0, parts):
+                y += gl.load(first_part + i * (64 * TOKENS), cache_modifier=".cg")
         count, first = gl.load(counts), unit // PARTS * 4
         code = gl.load(blocks + gl.minimum(first + n // 16, count - 1))
         slot = gl.where(first + n // 16 < count, code >> 16, -2)

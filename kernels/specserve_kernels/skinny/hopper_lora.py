@@ -2,8 +2,8 @@
 
 A step takes 64 DEPTH (gated: half as many) of the ranks that the tokens' adapters use, dense (see hopper_fold). Where
 an earlier step had its tiles of x and W lie tiles of s [TOKENS, 64 ranks] and of B [64 ranks, 64 columns], the latter
-copied in boxes of 16 ranks, one a rank block. Gated: s and B of both halves. s is there once `ready` says so: the
-programs that compute it do so while W streams.
+copied in boxes of 16 ranks, one a rank block. Gated: s and B of both halves; where a step has one tile of x (DEPTH 1),
+of one half and then of the other. s is there once `ready` says so: the programs that compute it do so while W streams.
 
 A part of `in` other than the first has no such steps: were blocks shared among the parts, the order of a token's sums
 would depend on its neighbours' blocks. A product whose tokens have no adapter has none at all.
@@ -17,16 +17,17 @@ from specserve_kernels.skinny.hopper_fold import fence_copies
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 except ImportError:  # importing works everywhere, launching only where there is Triton
-    gluon = gl = mbarrier = tma = warpgroup_mma = triton
+    gluon = gl = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = triton
 
 
 @gluon.jit
 def adapter_steps(counts, program, DEPTH: gl.constexpr, SPLITS: gl.constexpr, GATED: gl.constexpr):
     """(rank blocks in use, this program's steps for them)."""
     count = gl.load(counts)
-    steps = gl.cdiv(count, 4 * DEPTH // (2 if GATED else 1))
+    HALVES: gl.constexpr = 2 if GATED and DEPTH == 1 else 1
+    steps = gl.cdiv(count, 4 * DEPTH * HALVES // (2 if GATED else 1)) * HALVES
     if SPLITS > 1:
         steps = gl.where(program % SPLITS == 0, steps, 0)
     return count, steps
@@ -92,6 +93,37 @@ def produce_adapters(adapters, w_smem, x_smem, full, empty, program, out_dim, st
             tma.async_copy_global_to_shared(s_desc, [s_row, rank], bar, x_smem.index(place))
             if GATED:
                 tma.async_copy_global_to_shared(s_desc, [up_row, rank], bar, x_smem.index(place + 1))
+
+
+@gluon.jit
+def produce_halves(adapters, w_smem, x_smem, full, empty, program, out_dim, steps, TOKENS: gl.constexpr,
+                   SPLITS: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """produce_adapters of a gated product of DEPTH 1: even steps for the gate, odd ones for what it multiplies."""
+    b_desc, s_desc, ready, counts, blocks, rank_stride, second, third, fourth = adapters
+    b_smem = w_smem._reinterpret(w_smem.dtype, [STAGES * 8, 16, 64], w_smem.layout)
+    count, more = adapter_steps(counts, program, 1, SPLITS, True)
+    for further in range(more):
+        rows = _rank_rows(blocks, further // 2 * 4, count, rank_stride, 4)
+        column = further % 2 * out_dim + program // SPLITS * 64
+        step = steps + further
+        stage = step % STAGES
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(bar, 4 * 2048 + TOKENS * 128)
+        for i in gl.static_range(4):
+            tma.async_copy_global_to_shared(b_desc, [rows[i], column], bar, b_smem.index(stage * 8 + i))
+        if further == 0:
+            _wait_for(ready, gl.cdiv(count, 4) * PARTS)
+        s_row = _rows_of_s(column, second, third, fourth, TOKENS)
+        tma.async_copy_global_to_shared(s_desc, [s_row, further // 2 * 64], bar, x_smem.index(stage))
+
+
+@gluon.jit
+def multiply_half(w_smem, x_smem, stage, sums):
+    """The product of such a step, done."""
+    b, s = w_smem.index(stage * 2).permute((1, 0)), x_smem.index(stage).permute((1, 0))
+    sums = warpgroup_mma(b, s, sums, is_async=True)
+    return warpgroup_mma_wait(0, deps=(sums,))
 
 
 @gluon.jit

@@ -7,7 +7,13 @@ barrier `full` counts the bytes that came, `empty` says that they were used.
 from __future__ import annotations
 
 from specserve_kernels.language import tl, triton
-from specserve_kernels.skinny.hopper_lora import adapter_steps, multiply_adapters, produce_adapters
+from specserve_kernels.skinny.hopper_lora import (
+    adapter_steps,
+    multiply_adapters,
+    multiply_half,
+    produce_adapters,
+    produce_halves,
+)
 
 try:
     from triton.experimental import gluon
@@ -60,9 +66,15 @@ def produce(w_desc, x_desc, adapters, w_smem, x_smem, full, empty, program, out_
         _copy_w(w_desc, w_smem, bar, row, column + step * (64 * DEPTH), stage, out_dim, DEPTH, GATED)
         _copy_x(x_desc, x_smem, bar, column + step * (64 * DEPTH), stage, DEPTH)
     if PARTS > 0:
-        produce_adapters(
-            adapters, w_smem, x_smem, full, empty, program, out_dim, steps, TOKENS, SPLITS, DEPTH, STAGES, GATED, PARTS
-        )
+        if GATED and DEPTH == 1:
+            produce_halves(
+                adapters, w_smem, x_smem, full, empty, program, out_dim, steps, TOKENS, SPLITS, STAGES, PARTS
+            )
+        else:
+            produce_adapters(
+                adapters, w_smem, x_smem, full, empty, program, out_dim, steps, TOKENS, SPLITS, DEPTH, STAGES, GATED,
+                PARTS,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -106,6 +118,30 @@ def _add_parts(y, workspace, arrival, inside, place, size, program, SPLITS: gl.c
 
 
 @gluon.jit
+def _add_adapters(w_smem, x_smem, full, empty, first, second, steps, more, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+                  GATED: gl.constexpr):  # fmt: skip
+    """The sums after the steps behind W's, all products of them done."""
+    if GATED and DEPTH == 1:
+        one, two = _finish(first, second, GATED)
+        mbarrier.arrive(empty.index((steps - 1) % STAGES))
+        for step in range(steps, steps + more, 2):
+            mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+            one = multiply_half(w_smem, x_smem, step % STAGES, one)
+            mbarrier.arrive(empty.index(step % STAGES))
+            mbarrier.wait(full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
+            two = multiply_half(w_smem, x_smem, (step + 1) % STAGES, two)
+            mbarrier.arrive(empty.index((step + 1) % STAGES))
+    else:
+        for step in range(steps, steps + more):
+            mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+            done, done_too = _finish(first, second, GATED)
+            mbarrier.arrive(empty.index((step - 1) % STAGES))
+            first, second = multiply_adapters(w_smem, x_smem, step % STAGES, done, done_too, DEPTH, GATED)
+        one, two = _finish(first, second, GATED)
+    return one, two
+
+
+@gluon.jit
 def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, program, count, out_dim, steps, out_stride,
             ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
             GATED: gl.constexpr, RESIDUAL: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
@@ -127,13 +163,9 @@ def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, progr
         mbarrier.arrive(empty.index((step - 1) % STAGES))
         first, second = _multiply(w_smem, x_smem, step, one, two, DEPTH, STAGES, GATED)
     if PARTS > 0:
-        for further in range(more):
-            step = steps + further
-            mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
-            one, two = _finish(first, second, GATED)
-            mbarrier.arrive(empty.index((step - 1) % STAGES))
-            first, second = multiply_adapters(w_smem, x_smem, step % STAGES, one, two, DEPTH, GATED)
-    y, up = _finish(first, second, GATED)
+        y, up = _add_adapters(w_smem, x_smem, full, empty, first, second, steps, more, DEPTH, STAGES, GATED)
+    else:
+        y, up = _finish(first, second, GATED)
     if GATED:
         y = y / (1.0 + gl.exp(-y)) * up
     y = gl.convert_layout(y, STORED)
