@@ -61,19 +61,21 @@ def decode_ref(coded: Coded, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _decode_kernel(codes, scales, out, size, in_dim, BLOCK: tl.constexpr):
-    """BLOCK neighbours a program."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
-    value = tl.load(codes + index, mask=inside, other=0.0).to(tl.float32)
-    value *= tl.load(scales + index // in_dim, mask=inside, other=0.0)
-    tl.store(out + index, value.to(out.dtype.element_ty), mask=inside)
+def _decode_kernel(codes, scales, out, out_dim, in_dim, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile [ROWS, COLUMNS] a program."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    at, inside = row.to(tl.int64) * in_dim + column, (row < out_dim) & (column < in_dim)
+    value = tl.load(codes + at, mask=inside, other=0.0).to(tl.float32)
+    value *= tl.load(scales + row, mask=row < out_dim, other=0.0)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 def decode_triton(coded: Coded, dtype: torch.dtype) -> Tensor:
     codes, scales = coded
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    _decode_kernel[(cdiv(codes.numel(), 4096),)](codes, scales, out, codes.numel(), codes.shape[1], BLOCK=4096)
+    (out_dim, in_dim), out = codes.shape, torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    grid = (cdiv(out_dim, 8), cdiv(in_dim, 512))
+    _decode_kernel[grid](codes, scales, out, out_dim, in_dim, ROWS=8, COLUMNS=512)
     return out
 
 
