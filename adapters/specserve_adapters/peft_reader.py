@@ -82,7 +82,10 @@ def _plan(config: PeftConfig, modules: Modules, tensors: Mapping[str, StoredTens
         key, in_features, out_features = modules[module]
         rank = config.rank(module)
         if rank > max_rank:
-            raise AdapterError(f"{module} has rank {rank}; the largest that is served here is {max_rank}.")
+            raise AdapterError(
+                f"{module} has rank {rank}; the largest that is served here is {max_rank}: start with "
+                f"--max-lora-rank {rank} to serve it."
+            )
         a_name, b_name = _tensor_name(module, "A"), _tensor_name(module, "B")
         _check_tensor(a_name, a, (rank, in_features))
         _check_tensor(b_name, b, (out_features, rank))

@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -47,10 +48,11 @@ def check_source(source: AdapterSource, settings: ReadSettings) -> None:
     try:
         check_folder(source.path)
         companion = source.companion()
-        if companion is not None and settings.draft_specs is not None:
-            check_folder(companion)
     except (AdapterError, OSError) as error:
         raise AdapterError(f"Adapter {source.name!r}: {error}", param="path") from error
+    if companion is not None and settings.draft_specs is not None:
+        with _telling_of_companion(source, companion):
+            check_folder(companion)
 
 
 def read_source(source: AdapterSource, settings: ReadSettings) -> StoredAdapter:
@@ -58,18 +60,33 @@ def read_source(source: AdapterSource, settings: ReadSettings) -> StoredAdapter:
 
     Raises AdapterError naming the adapter, and whatever is wrong with it.
     """
-    part = ""
     try:
         target = _read(source.path, settings.target_specs, settings.dtype, settings)
-        part = "draft companion: "
         companion = source.companion() if settings.draft_specs is not None else None
-        if companion is None or settings.draft_specs is None:
-            return StoredAdapter(version_of(target.contents, None), target.adapter, None)
-        draft = _read(companion, settings.draft_specs, settings.draft_dtype, settings)
-        return StoredAdapter(version_of(target.contents, draft.contents), target.adapter, draft.adapter)
     except (AdapterError, OSError, MemoryError) as error:
-        reason = "there is not enough memory to read it." if isinstance(error, MemoryError) else str(error)
-        raise AdapterError(f"Adapter {source.name!r}: {part}{reason}", param="path") from error
+        raise AdapterError(f"Adapter {source.name!r}: {_reason(error)}", param="path") from error
+    if companion is None or settings.draft_specs is None:
+        return StoredAdapter(version_of(target.contents, None), target.adapter, None)
+    with _telling_of_companion(source, companion):
+        draft = _read(companion, settings.draft_specs, settings.draft_dtype, settings)
+    return StoredAdapter(version_of(target.contents, draft.contents), target.adapter, draft.adapter)
+
+
+@contextmanager
+def _telling_of_companion(source: AdapterSource, companion: Path) -> Iterator[None]:
+    """An adapter is never served without the companion that it has: what is wrong with one is said, and what to do."""
+    try:
+        yield
+    except (AdapterError, OSError, MemoryError) as error:
+        raise AdapterError(
+            f"Adapter {source.name!r}: draft companion: {_reason(error)} Make another with `specserve adapters distill "
+            f"{source.name}`, or move {companion} away: without one, the draft model drafts as it is.",
+            param="path",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return "there is not enough memory to read it." if isinstance(error, MemoryError) else str(error)
 
 
 def _read(path: Path, specs: Sequence[LinearSpec], dtype: torch.dtype, settings: ReadSettings) -> ReadAdapter:
