@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 TOKENS_PER_FORWARD = 16384
@@ -36,14 +36,30 @@ def read_lora(folder: Path, device: str) -> Lora:
     return {module: (factor(module, "A"), factor(module, "B"), scale) for module in modules}
 
 
-class Reference:
-    """One model; `loras[name]` are the adapters that sequences may name."""
+def round_linears(model: nn.Module, quantization: str) -> None:
+    """Give linears, the head among them, the weights that one byte each stands for: multiples of a scale a row, or e4m3
+    floats times it; scales are bfloat16 numbers. What is shared with the embedding is not rounded there."""
+    largest = {"int8": 127.0, "fp8": 448.0}[quantization]
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = module.weight.detach().float()
+            scale = (weight.abs().amax(1, keepdim=True) / largest).bfloat16().float()
+            codes = weight / scale
+            codes = codes.round() if quantization == "int8" else codes.to(torch.float8_e4m3fn).float()
+            module.weight = nn.Parameter((codes.clamp(-largest, largest) * scale).to(module.weight.dtype))
 
-    def __init__(self, folder: Path, loras: Mapping[str, Path], device: str) -> None:
+
+class Reference:
+    """One model, its weights rounded if they are quantised where they are compared; `loras[name]` are the adapters that
+    sequences may name."""
+
+    def __init__(self, folder: Path, loras: Mapping[str, Path], device: str, quantization: str = "none") -> None:
         self.device = device
         # Converted on the device: widening is exact, and much faster there.
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager")
         self.model: Any = model.to(device).float().eval()
+        if quantization != "none":
+            round_linears(self.model, quantization)
         self.loras = {name: read_lora(path, device) for name, path in loras.items()}
         self._rows: dict[str, list[int]] = {}  # adapter → its rows of the forward under way
         for name, module in self.model.named_modules():

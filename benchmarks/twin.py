@@ -12,6 +12,7 @@ with (rtol, atol) = specserve_kernels.tolerances.MODEL of the engine's dtype; th
 right. The mean is what tells errors apart: in bf16 one large logit's rounding moves all of a position's numbers by up
 to 0.03, but a row's mean stays near 0.01, where a wrong page of the cache makes it 0.1 and more. With a draft model,
 the probabilities that it gave its drafts are compared in the same way, for sampled requests (greedy ones report none).
+Where the engine quantises weights, the reference's are rounded in the same way: the loss is not what is judged here.
 
 The same comparison must fail when
 - adapters_exchanged: the reference computes each request with another adapter than it asked for;
@@ -170,7 +171,8 @@ def check_cells(
     settings = load_settings(setup.pair)
     vocab = settings.shape("target").vocab - 256
     engine = SpecserveEngine(replace(setup, options={**setup.options, "pipeline_depth": 2}))
-    dtype = getattr(torch, engine.core.ready.dtype)
+    ready = engine.core.ready
+    dtype = getattr(torch, ready.dtype)
     try:
         run_trial(engine, setup.mode.adapters(max(8, setup.mode.loras)), vocab)  # every adapter is on the device
         right = {cell: run_trial(engine, adapters, vocab) for cell, adapters in cells.items()}
@@ -183,13 +185,13 @@ def check_cells(
         engine.close()
         del engine
         release_memory()
-    target = Judge(setup, "target", setup.loras, dtype)
+    target = Judge(setup, "target", setup.loras, dtype, ready.quantization)
     outcomes = {cell: target.judge(right[cell], {"page_replaced": wrong[cell]}) for cell in cells}
     del target
     release_memory()
     if setup.mode.speculates:
         companions = {name: path / "draft" for name, path in setup.loras.items() if settings.companions}
-        judge = Judge(setup, "draft", companions, dtype)
+        judge = Judge(setup, "draft", companions, dtype, ready.draft_quantization or "none")
         for cell, trial in drafts.items():
             _add_draft(outcomes[cell], judge.judge(trial, {}) if trial is not None else None)
         del judge
@@ -208,8 +210,10 @@ def _add_draft(outcome: dict[str, Any], draft: dict[str, Any] | None) -> None:
 class Judge:
     """Compares trials with one model's reference, and sees that the controls fail."""
 
-    def __init__(self, setup: Setup, role: str, loras: Mapping[str, Path], dtype: torch.dtype) -> None:
-        self.reference = Reference(setup.pair / role, loras, setup.device)
+    def __init__(
+        self, setup: Setup, role: str, loras: Mapping[str, Path], dtype: torch.dtype, quantization: str
+    ) -> None:
+        self.reference = Reference(setup.pair / role, loras, setup.device, quantization)
         self.exchange = "adapters_exchanged" if role == "target" else "companions_exchanged"
         self.dtype, self.loras = dtype, len(loras)
 

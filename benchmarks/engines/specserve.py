@@ -96,9 +96,10 @@ class SpecserveEngine:
     def facts(self) -> dict[str, object]:
         drafting, self._drafting = self._drafting, SpeculationStats()
         firsts, self._firsts = self._firsts, [0, 0]
-        facts: dict[str, object] = {"num_blocks": self.core.ready.num_blocks, "dtype": self.core.ready.dtype}
-        if self.core.built.runner.draft is not None:
-            facts["draft_dtype"] = str(self.core.built.runner.draft.model.spec.dtype).removeprefix("torch.")
+        ready = self.core.ready
+        facts: dict[str, object] = {"num_blocks": ready.num_blocks, "dtype": _weights(ready.quantization, ready.dtype)}
+        if ready.draft_quantization is not None:
+            facts["draft_dtype"] = _weights(ready.draft_quantization, ready.dtype)
         if drafting.rounds:
             facts["drafts_per_round"] = round(drafting.drafted / drafting.rounds, 3)
             facts["accepted_share"] = round(drafting.accepted / max(1, drafting.drafted), 4)
@@ -112,6 +113,11 @@ class SpecserveEngine:
         self.core.close()
         if self.core.built.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _weights(quantization: str, dtype: str) -> str:
+    """What a model's weights are kept in."""
+    return dtype if quantization == "none" else quantization
 
 
 def open_engine(setup: Setup) -> SpecserveEngine:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.engines import Mode, Setup
+from benchmarks.reference import Reference
 from benchmarks.twin import check_twin, compare, exchanged
 
 
@@ -42,3 +43,17 @@ def test_one_wrong_row_fails_the_comparison() -> None:
 def test_adapters_are_exchanged_in_pairs() -> None:
     assert exchanged(["a0", "a1", "a2", None], 3) == ["a1", "a0", "a0", None]
     assert exchanged(["a0"], 1) == [None]
+
+
+def test_quantised_models_are_judged_by_rounded_references(twin: Path) -> None:
+    """What quantising loses is no error of the engine; against weights as they are it would look like one."""
+    setup = Setup(twin, Mode(2, 3), "cpu", "float32", options={"quantization": "fp8", "draft_quantization": "fp8"})
+    outcome = check_twin(setup, [3])[3]
+    assert outcome["passed"], outcome
+    assert outcome["draft"]["passed"]
+    assert outcome["max_err"] < 1e-4
+    plain = Reference(twin / "target", {}, "cpu")
+    rounded = Reference(twin / "target", {}, "cpu", "fp8")
+    tokens = [torch.tensor([[1], [2]])]
+    lost, kept = (reference.logprobs([[5, 6, 1, 2]], [None], [2], tokens)[0] for reference in (rounded, plain))
+    assert (lost - kept).abs().max() > 1e-2
