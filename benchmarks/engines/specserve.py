@@ -106,8 +106,8 @@ class SpecserveEngine:
             facts["accepted_first"] = round(firsts[1] / max(1, firsts[0]), 4)
             facts["tokens_per_round"] = round(1 + drafting.accepted / drafting.rounds, 3)
         # What graphs cost, where the runner captures any.
-        graphs = self.core.built.runner.graphs
-        return facts | ({"graphs": graphs.facts} if graphs is not None else {})
+        graphs = self.core.built.runner.graph_facts
+        return facts | ({"graphs": graphs} if graphs else {})
 
     def close(self) -> None:
         self.core.close()

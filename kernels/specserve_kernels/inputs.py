@@ -1,6 +1,7 @@
 """What a forward's tokens are and where their keys and values go, looked up in the device rows.
 
-    p = positions[t], or num_tokens[row] - 1 where no positions are given: the row's last token
+    p = positions[t], or where that is negative num_tokens[row] - 2 - positions[t]: -1 is the row's last token, -2 the
+        one behind it, and so on, wherever the row stands by now
     input_ids[t] = history[row, p],   slots[t] = block_tables[row, p // block_size] * block_size + p % block_size
 
 row = token_rows[t]; token_rows, positions [T], num_tokens [R], history [R, width] and block_tables [R, max_blocks] are
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
@@ -38,10 +40,9 @@ class RowTables(NamedTuple):
 
 
 def gather_inputs_ref(
-    token_rows: Tensor, positions: Tensor | None, tables: RowTables, block_size: int, last_position: int
+    token_rows: Tensor, positions: Tensor, tables: RowTables, block_size: int, last_position: int
 ) -> TokenInputs:
-    if positions is None:
-        positions = tables.num_tokens[token_rows] - 1
+    positions = torch.where(positions < 0, tables.num_tokens[token_rows] - 2 - positions, positions)
     blocks = tables.block_tables[token_rows, positions // block_size]
     slots = blocks * block_size + positions % block_size
     return TokenInputs(tables.history[token_rows, positions], positions.clamp(max=last_position), slots)
@@ -51,15 +52,14 @@ def gather_inputs_ref(
 @triton.jit
 def _gather_inputs_kernel(
     token_rows, positions, num_tokens, history, block_tables, input_ids, places, slots,
-    count, width, max_blocks, block_size, last_position, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+    count, width, max_blocks, block_size, last_position, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < count
     row = tl.load(token_rows + token, mask=inside, other=0)
-    if HAS_POSITIONS:
-        position = tl.load(positions + token, mask=inside, other=0)
-    else:
-        position = tl.load(num_tokens + row, mask=inside, other=1) - 1
+    position = tl.load(positions + token, mask=inside, other=0)
+    behind = tl.load(num_tokens + row, mask=inside & (position < 0), other=0) - 2 - position
+    position = tl.where(position < 0, behind, position)
     tl.store(input_ids + token, tl.load(history + row * width + position, mask=inside), mask=inside)
     block = tl.load(block_tables + row * max_blocks + position // block_size, mask=inside)
     tl.store(slots + token, block * block_size + position % block_size, mask=inside)
@@ -67,13 +67,13 @@ def _gather_inputs_kernel(
 
 
 def gather_inputs_triton(
-    token_rows: Tensor, positions: Tensor | None, tables: RowTables, block_size: int, last_position: int
+    token_rows: Tensor, positions: Tensor, tables: RowTables, block_size: int, last_position: int
 ) -> TokenInputs:
     count = token_rows.shape[0]
     found = TokenInputs(*token_rows.new_empty(3, count).unbind(0))
     _gather_inputs_kernel[(cdiv(count, BLOCK),)](
         token_rows, positions, *tables, *found, count, tables.history.shape[1], tables.block_tables.shape[1],
-        block_size, last_position, HAS_POSITIONS=positions is not None, BLOCK=BLOCK,
+        block_size, last_position, BLOCK=BLOCK,
     )  # fmt: skip
     return found
 
@@ -82,10 +82,10 @@ _IMPLEMENTATIONS = {"torch": gather_inputs_ref, "triton": gather_inputs_triton}
 
 
 def gather_inputs(
-    token_rows: Tensor, positions: Tensor | None, tables: RowTables, block_size: int, last_position: int
+    token_rows: Tensor, positions: Tensor, tables: RowTables, block_size: int, last_position: int
 ) -> TokenInputs:
     """Ids, positions and slots of T tokens of the device rows `token_rows`."""
-    assert positions is None or token_rows.shape == positions.shape, (token_rows.shape, positions)
+    assert token_rows.shape == positions.shape, (token_rows.shape, positions.shape)
     assert tables.history.is_contiguous() and tables.block_tables.is_contiguous()
     implementation = _IMPLEMENTATIONS[backend(token_rows, _IMPLEMENTATIONS)]
     return implementation(token_rows, positions, tables, block_size, last_position)

@@ -28,11 +28,11 @@ class Drafter:
         """Draft prefill: compute the draft's KV over the next tokens of each row that is behind."""
         if self.draft is None:
             return
-        start = self.rows.num_draft_computed[layout.row_index]  # [B]
-        positions = start[layout.sequence] + layout.offset
+        computed = self.rows.num_draft_computed
+        positions = computed[layout.token_rows] - 1 - layout.positions  # the layout counts -1, -2, … in each row
         self.draft.forward(self.rows, layout, positions, context_bounds)
         counts = layout.query_start[1:] - layout.query_start[:-1]
-        self.rows.num_draft_computed.index_copy_(0, layout.row_index, start + counts)
+        computed.index_copy_(0, layout.row_index, computed[layout.row_index] + counts)
 
     def propose(
         self, groups: tuple[DraftGroup, ...], context_bounds: tuple[int, ...], vocab_size: int

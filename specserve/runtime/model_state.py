@@ -14,7 +14,8 @@ from specserve.models.spec import ModelSpec
 from specserve.runtime.layout import StepLayout
 from specserve.runtime.rows import DeviceRows
 from specserve_adapters.pool import AdapterPool, AdapterWork
-from specserve_kernels.attention.paged import AttentionMetadata
+from specserve_kernels.attention.backends import takes_ragged
+from specserve_kernels.attention.paged import AttentionMetadata, AttentionShape
 from specserve_kernels.inputs import RowTables, gather_inputs
 
 
@@ -68,14 +69,15 @@ class ModelState:
         *,
         work: AdapterWork | None = None,
     ) -> Tensor:
-        """Hidden states [T, hidden] of the rows' history at `positions` [T] (None: of each row's last token); their KV
-        is written on the way.
+        """Hidden states [T, hidden] of the rows' history at `positions` [T] (None: the layout's); their KV is written
+        on the way.
 
         Positions that were never given a block (over-long rows) write to block 0. `work`: what to expect
         of the rows' adapters; None: what the host knows of them.
         """
         tables = RowTables(rows.num_tokens, rows.history, rows.block_tables)
         last_position = self.model.spec.max_model_len - 1
+        positions = layout.positions if positions is None else positions
         inputs = gather_inputs(layout.token_rows, positions, tables, self.block_size, last_position)
         metadata = AttentionMetadata(
             positions=inputs.positions,
@@ -86,9 +88,17 @@ class ModelState:
             query_lens=layout.query_lens,
             context_bounds=context_bounds,
             block_size=self.block_size,
+            max_query_len=layout.max_query_len,
         )
         lora = self._lora(rows, layout, self.adapter_work(rows, layout) if work is None else work)
         return self.model.forward(inputs.input_ids, ForwardContext(metadata, self.kv_caches, lora))
+
+    @property
+    def takes_ragged(self) -> bool:
+        """Whether `forward` takes layouts whose lengths only the device knows."""
+        spec = self.model.spec
+        shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
+        return takes_ragged(shape, self.block_size, self._device)
 
     def adapter_work(self, rows: DeviceRows, layout: StepLayout) -> AdapterWork:
         """How much the adapters of the step's rows are, by what the host knows."""
@@ -99,4 +109,5 @@ class ModelState:
             return None
         if self.adapters.grouped:
             return self.adapters.device_batch(layout.token_rows, rows.adapter_slots, rows.adapter_weights, work)
+        assert layout.query_lens is not None, "ragged layouts are for devices with grouped adapters"
         return self.adapters.make_batch([rows.adapters[row] for row in layout.rows], layout.query_lens)

@@ -13,10 +13,12 @@ from torch import Tensor
 from specserve.core.plan import AdapterLoad, PlanRow, StepPlan
 from specserve.device import upload
 from specserve.runtime.adapter_loads import AdapterLoads, HostAdapters
+from specserve.runtime.capture import GraphSet, capture
 from specserve.runtime.drafting import Drafter
 from specserve.runtime.graphs import DecodeGraphs
 from specserve.runtime.layout import uniform_layout
 from specserve.runtime.model_state import ModelState
+from specserve.runtime.ragged_graphs import RaggedGraphs
 from specserve.runtime.rows import DeviceRows
 from specserve.runtime.step import StepInputs, StepPacker
 from specserve.runtime.ticket import AskedLogprobs, EmptyStep, SampledStep, Ticket
@@ -26,6 +28,7 @@ from specserve.sampling.processors import process
 from specserve.sampling.sample import sample
 from specserve.speculation.proposer import Drafts
 from specserve.speculation.registry import ProposerRegistry
+from specserve_adapters.pool import AdapterWork
 from specserve_kernels.commit import commit_tokens
 from specserve_kernels.sampling.rejection import verify
 
@@ -47,6 +50,8 @@ class ModelRunner:
         self.rows = rows
         self.device = device
         self.graphs: DecodeGraphs | None = None
+        self.ragged_graphs: RaggedGraphs | None = None
+        self.graph_facts: dict[str, float] = {}  # how many graphs, and what they cost at start
         self.drafter = Drafter(proposers, rows, draft)
         self._loads = AdapterLoads([state.adapters for state in self.states], host_adapters, device)
         self._packer = StepPacker(rows, proposers.keeps_kv(), device)
@@ -90,15 +95,33 @@ class ModelRunner:
         padding row's, into block 0; greedy, with probabilities computed once for the samplers' temporaries."""
         rows = (self.rows.padding_row,) * num_rows
         layout = uniform_layout(rows, upload(np.asarray(rows, dtype=np.int64), self.device), length)
-        hidden = self.target.forward(self.rows, layout, layout.offset, (length,) * num_rows)
+        positions = -1 - layout.positions  # from 0 on in each sequence
+        hidden = self.target.forward(self.rows, layout, positions, (length,) * num_rows)
         logits = self.target.model.compute_logits(hidden[length - 1 :: length])
         logits.float().softmax(-1).argmax(-1)
 
-    def capture_graphs(self, max_rows: int, max_context: int, *, with_adapters: bool, progress: bool) -> None:
-        """Capture a graph of each decode step that may come; from then on those steps are replayed."""
-        graphs = DecodeGraphs(self.target, self.rows, max_context, self.device)
-        graphs.capture(max_rows, with_adapters=with_adapters, progress=progress)
-        self.graphs = graphs
+    @torch.inference_mode()
+    def trial_graph(self, max_rows: int, max_context: int, max_tokens: int, *, with_adapters: bool) -> None:
+        """What the largest of the ragged graphs will do, for measuring memory; nothing where there will be none."""
+        if self.target.takes_ragged:
+            graphs = RaggedGraphs(
+                self.target, self.rows, max_tokens=max_tokens, max_rows=max_rows, max_context=max_context
+            )
+            graphs.forward(graphs.sizes[-1], AdapterWork.SOME if with_adapters else AdapterWork.NONE)
+
+    def capture_graphs(
+        self, max_rows: int, max_context: int, max_tokens: int, *, with_adapters: bool, progress: bool
+    ) -> None:
+        """Capture graphs of the steps that may come; from then on those steps are replayed."""
+        graphs = DecodeGraphs(self.target, self.rows, max_rows=max_rows, max_context=max_context)
+        ragged = None
+        if self.target.takes_ragged:
+            ragged = RaggedGraphs(
+                self.target, self.rows, max_tokens=max_tokens, max_rows=max_rows, max_context=max_context
+            )
+        sets: list[GraphSet] = [graphs] if ragged is None else [ragged, graphs]
+        self.graph_facts = capture(sets, self.device, with_adapters=with_adapters, progress=progress)
+        self.graphs, self.ragged_graphs = graphs, ragged
 
     def _note_drafts(self, row_index: Tensor, drafts: Drafts) -> None:
         """Put drafts behind the rows' committed tokens, where the target's forward reads its input."""
@@ -111,21 +134,17 @@ class ModelRunner:
         layout = inputs.layout
         if self.graphs is not None and self.graphs.can_run(plan_rows):
             return self.graphs.run(layout).unsqueeze(1)
-        bounds = tuple(row.context_bound for row in plan_rows)
-        positions = self._starts(inputs)[layout.sequence] + layout.offset
-        hidden = self.target.forward(self.rows, layout, positions, bounds)
+        if self.ragged_graphs is not None and self.ragged_graphs.can_run(plan_rows):
+            hidden = self.ragged_graphs.run(layout)
+        else:
+            bounds = tuple(row.context_bound for row in plan_rows)
+            hidden = self.target.forward(self.rows, layout, None, bounds)
         num_sampling = inputs.sampling_rows.shape[0]
         if not num_sampling:
             return None
         wanted = hidden if inputs.sample_index is None else hidden[inputs.sample_index]
         logits: Tensor = self.target.model.compute_logits(wanted)
         return logits.view(num_sampling, -1, logits.shape[-1])
-
-    def _starts(self, inputs: StepInputs) -> Tensor:
-        """First position of each row [B]: a prefill chunk's is the plan's, a decode row's is its last token's."""
-        last = self.rows.num_tokens[inputs.layout.row_index] - 1
-        chunks = inputs.starts.shape[0]
-        return last if not chunks else torch.cat((last[:-chunks], inputs.starts))
 
     def _choose(
         self, inputs: StepInputs, sampling: SamplingBatch, logits: Tensor, drafts: Drafts | None

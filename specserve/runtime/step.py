@@ -46,12 +46,11 @@ class _PackedGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
-    """What one step reads besides the device rows. `starts` [P]: first positions of the P prefill chunks, which come
-    last; `sample_index` [S * (K+1)] tokens whose logits are wanted (None: all); `sampling_rows` [S] device rows;
-    `draft_limits` [S]: how many drafts of a proposer with KV each sampling row gets (None: no row gets any)."""
+    """What one step reads besides the device rows. `sample_index` [S * (K+1)] tokens whose logits are wanted (None:
+    all); `sampling_rows` [S] device rows; `draft_limits` [S]: how many drafts of a proposer with KV each sampling row
+    gets (None: no row gets any)."""
 
     layout: StepLayout
-    starts: Tensor
     sample_index: Tensor | None
     sampling_rows: Tensor
     catch_up: StepLayout | None
@@ -102,8 +101,8 @@ class _Making:
     def __init__(self, plan_rows: Sequence[PlanRow], keeps_kv: dict[str, bool], packer: Packer) -> None:
         self._sampling = [row for row in plan_rows if row.samples]
         lens = [row.num_new + row.num_drafts for row in plan_rows]
-        self._layout = pack_layout([row.row for row in plan_rows], lens, packer)
-        self._starts = packer.add([row.start for row in plan_rows if row.start is not None])
+        starts = [row.start for row in plan_rows]
+        self._layout = pack_layout([row.row for row in plan_rows], lens, packer, starts)
         wanted = sample_index(plan_rows)
         self._sample_index = None if wanted is None else packer.add(wanted)
         self._sampling_rows = packer.add([row.row for row in self._sampling])
@@ -122,7 +121,6 @@ class _Making:
     def inputs(self, packed: Packer) -> StepInputs:
         return StepInputs(
             layout=self._layout.on_device(packed),
-            starts=packed[self._starts],
             sample_index=None if self._sample_index is None else packed[self._sample_index],
             sampling_rows=packed[self._sampling_rows],
             catch_up=None if self._catch_up is None else self._catch_up.on_device(packed),

@@ -178,6 +178,58 @@ def test_padding_tokens_are_finite_and_change_nobody(where: Where) -> None:
     torch.testing.assert_close(padded[:1], attend(1, (1,)), rtol=rtol, atol=atol)
 
 
+def ragged(meta: AttentionMetadata, tokens: int, sequences: int, max_query_len: int) -> AttentionMetadata:
+    """The same with lengths on the device alone, and room for so many tokens and sequences."""
+    more = tokens - meta.positions.shape[0]
+    empty = sequences - meta.rows.shape[0]
+    pad = torch.nn.functional.pad
+    return replace(
+        meta,
+        positions=pad(meta.positions, (0, more)),
+        slot_mapping=pad(meta.slot_mapping, (0, more)),
+        rows=pad(meta.rows, (0, empty)),
+        query_start=torch.cat((meta.query_start, meta.query_start[-1:].expand(empty))),
+        query_lens=None,
+        context_bounds=(max(meta.context_bounds),) * sequences,
+        max_query_len=max_query_len,
+    )
+
+
+RAGGED = {
+    "decodes": ((6, 1, 0), (0, 1, 0), (90, 1, 2)),
+    "verifications": ((5, 5, 2), (9, 1, 0), (0, 16, 3)),
+    "chunks": ((13, 18, 5), (0, 40, 0)),
+    "everything": MIXES["everything"],
+}
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(0, 0), (7, 0), (0, 3), (33, 70)])  # beyond what is there
+@pytest.mark.parametrize("mix", RAGGED)
+def test_ragged(mix: str, tokens: int, sequences: int, device: torch.device) -> None:
+    """Lengths that only the device knows: what belongs to no sequence gets 0, all others what they always get."""
+    case = Case(RAGGED[mix], windows=(None, 4), block_size=8)
+    shape = AttentionShape(case.heads, case.kv_heads, case.head_dim, case.dtype)
+    meta, (q, k_cache, v_cache) = make(case)
+    count, longest = len(q), max(meta.query_lens or ())
+    padded = torch.cat((q, torch.full((tokens, *q.shape[1:]), float("nan")))).to(device)
+    expected = [oracle(case, meta, [q, k_cache, v_cache], 0.3, window) for window in case.windows]
+    rtol, atol = OP[case.dtype]
+    for bound in {longest, count + tokens}:
+        room = ragged(meta, count + tokens, len(case.sequences) + sequences, bound)
+        prepared = prepare(to_device(room, device), shape, "triton")
+        for window, wanted in zip(case.windows, expected, strict=True):
+            out = paged_attention(padded, k_cache.to(device), v_cache.to(device), prepared, 0.3, window).cpu()
+            torch.testing.assert_close(out[:count], wanted.to(case.dtype), rtol=rtol, atol=atol)
+            assert not out[count:].any()
+
+
+def test_ragged_with_nobody_there(device: torch.device) -> None:
+    meta, (q, k_cache, v_cache) = make(Case(MIXES["chunk"]))
+    empty = replace(ragged(meta, 18, 3, 18), query_start=torch.zeros(4, dtype=torch.int64))
+    prepared = prepare(to_device(empty, device), AttentionShape(4, 2, 8, q.dtype), "triton")
+    assert not paged_attention(q.to(device), k_cache.to(device), v_cache.to(device), prepared, 0.3).any()
+
+
 def test_a_bound_beyond_the_block_table_is_our_bug() -> None:
     one = torch.tensor([0])
     meta = AttentionMetadata(one, one + 4, torch.tensor([[1]]), one, torch.tensor([0, 1]), (1,), (5,), 4)

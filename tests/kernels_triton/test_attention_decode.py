@@ -10,7 +10,7 @@ import torch
 
 from specserve_kernels.attention.decode import DecodeRun, Tile, decode_attention_triton, prepare_decode
 from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
-from specserve_kernels.attention.plan import FIELDS, multiprocessors, schedule
+from specserve_kernels.attention.plan import FIELDS, Queries, multiprocessors, schedule
 from specserve_kernels.tolerances import OP
 
 SMALL = Tile(16, 4, 3, 3)  # so that few keys are many tiles
@@ -27,8 +27,12 @@ class Inputs:
     k_cache: torch.Tensor
     v_cache: torch.Tensor
 
+    @property
+    def queries(self) -> Queries:
+        return Queries(1, max(queries for _, queries in self.lens))
+
     def run(self, windows: tuple[int | None, ...] = (None,), tile: Tile | None = SMALL) -> list[torch.Tensor]:
-        run = prepare_decode(self.meta, self.shape, 0, len(self.lens), tile)
+        run = prepare_decode(self.meta, self.shape, 0, len(self.lens), self.queries, tile)
         return [self.attend(run, window) for window in windows]
 
     def attend(self, run: DecodeRun, window: int | None) -> torch.Tensor:
@@ -152,7 +156,7 @@ def test_the_bits_of_a_sequence_are_its_own(device: torch.device) -> None:
 @pytest.mark.parametrize("lens", [ONE_LONG, UNEQUAL, ((500, 1),) * 3 + ((7, 2),) * 9])
 def test_items_cover_every_key_once(device: torch.device, lens: tuple[tuple[int, int], ...]) -> None:
     given = inputs(device, lens)
-    run = prepare_decode(given.meta, given.shape, 0, len(lens), SMALL)
+    run = prepare_decode(given.meta, given.shape, 0, len(lens), given.queries, SMALL)
     given.attend(run, None)
     items = run.plans[None].tolist()
     used = [item for item in items if item[4] > 0]

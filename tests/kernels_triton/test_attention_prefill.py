@@ -94,7 +94,9 @@ def test_listed_tiles(tile_q: int, device: torch.device) -> None:
     query_start = torch.tensor(starts, device=device)
     positions = torch.cat([torch.arange(before, before + count) for before, count in sequences]).to(device)
     rows = torch.tensor([4, 9, 2, 7, 0], device=device)
-    tiles = list_tiles(query_start, rows, positions, tuple(lens[1:]), 1, tile_q)[:, :6].tolist()
+    listed = list_tiles(query_start, rows, positions, tuple(lens[1:]), 1, tile_q)
+    tiles = listed.records[:, :6].tolist()
+    assert listed.num_tiles.item() == len(tiles)
     expected = [
         [starts[i], first, count, before, rows[i].item(), before + min(first + tile_q, count)]
         for i, (before, count) in enumerate(sequences)

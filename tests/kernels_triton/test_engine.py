@@ -6,8 +6,7 @@ there is no GPU the kernels are interpreted and a graph is its work done again; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from lawbook.mixes import Ask, Lora, asks, prompt, speculating
 from lawbook.zoo import Zoo, build_zoo
 from specserve.core.messages import LoraRef
 from specserve.llm import LLM, Output
-from specserve.runtime import graphs
+from specserve.runtime import runner as runner_module
+from specserve.runtime.capture import GraphSet
 from specserve_kernels import dispatch
 from specserve_kernels.lora import load as lora_load
 from specserve_kernels.tolerances import MODEL
@@ -36,8 +36,8 @@ MIXED: tuple[Lora, ...] = ((), (LoraRef("a0"),), (LoraRef("a3", 0.5), LoraRef("a
 class Scenario:
     """Requests as `lengths` of prompts with `loras`, k = 0 and then `drafts` a step of the case's proposer.
 
-    `budget`: tokens a step; `graphs`: whether decode steps are captured where there is no GPU (there is no choice on
-    one). Later rounds find the prompts of the first in the prefix cache.
+    `budget`: tokens a step; `graphs`: whether steps are captured where there is no GPU (there is no choice on one).
+    Later rounds find the prompts of the first in the prefix cache.
     """
 
     case: Case
@@ -70,9 +70,9 @@ SCENARIOS = {
     # Two rows decode before a third comes, whose adapters are read meanwhile.
     "graphs": Scenario(
         Case("qwen3", "near_draft", "greedy-coupled", 2, "base"),
-        (2, 3, 8),
+        (2, 3, 18),
         ((), *MIXED[::2]),
-        drafts=(0,),
+        drafts=(0, 2),
         graphs=True,
         num_new=4,
     ),
@@ -82,8 +82,15 @@ SCENARIOS = {
 class Again:
     """What a CUDA graph does, on a CPU: the same work on the same memory."""
 
-    def __init__(self, work: Callable[[], Tensor], pool: object) -> None:
+    def __init__(self, work: Callable[[], Tensor]) -> None:
         self.replay = work
+
+
+def capture_again(sets: Sequence[GraphSet], device: torch.device, *, with_adapters: bool, progress: bool) -> object:
+    """`capture` of such graphs."""
+    for one in sets:
+        one.graphs.update((key, Again(work)) for key, work in one.works(with_adapters=with_adapters).items())  # type: ignore[misc]
+    return {}
 
 
 @pytest.fixture
@@ -95,9 +102,7 @@ def interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callab
         if device.type == "cpu":
             monkeypatch.setattr(dispatch, "TRITON_DEVICES", frozenset({"cpu"}))
             monkeypatch.setattr(lora_load, "_PROGRAMS", 1)  # each costs the interpreter milliseconds
-            monkeypatch.setattr(graphs, "Graph", Again)
-            monkeypatch.setattr(graphs, "capturing", nullcontext)
-            monkeypatch.setattr(graphs, "reserved_memory", lambda device: 0)
+            monkeypatch.setattr(runner_module, "capture", capture_again)
 
     return begin
 
@@ -112,7 +117,7 @@ def test_triton_is_the_reference(
     interpreted()
     llm = _engine(zoo, scenario, device.type)
     if scenario.graphs and device.type == "cpu":
-        llm.engine.built.runner.capture_graphs(MAX_NUM_SEQS, 64, with_adapters=True, progress=False)
+        llm.engine.built.runner.capture_graphs(MAX_NUM_SEQS, 64, 24, with_adapters=True, progress=False)
     rtol, atol = MODEL[torch.float32]
     for ours, reference in zip(_answers(llm, scenario), wanted, strict=True):
         assert ours.token_ids == reference.token_ids

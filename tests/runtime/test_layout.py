@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -13,10 +15,10 @@ from specserve.runtime.packing import Packer
 CPU = torch.device("cpu")
 
 
-def packed(rows: list[int], query_lens: list[int]) -> StepLayout:
+def packed(rows: list[int], query_lens: list[int], starts: Sequence[int | None] = ()) -> StepLayout:
     packer = Packer()
     packer.add([77])  # something else lies before it
-    layout = pack_layout(rows, query_lens, packer)
+    layout = pack_layout(rows, query_lens, packer, starts)
     packer.upload(CPU)
     return layout.on_device(packer)
 
@@ -31,8 +33,12 @@ def test_ragged_layout() -> None:
     assert layout.row_index.tolist() == [4, 0, 2]
     assert layout.query_start.tolist() == [0, 1, 4, 6]
     assert layout.token_rows.tolist() == [4, 0, 0, 0, 2, 2]
-    assert layout.sequence.tolist() == [0, 1, 1, 1, 2, 2]
-    assert layout.offset.tolist() == [0, 0, 1, 2, 0, 1]
+    assert layout.positions.tolist() == [-1, -1, -2, -3, -1, -2]
+
+
+def test_positions_of_chunks_are_the_plans() -> None:
+    """Those of decodes and verifications count from the row's last token, which only the device knows."""
+    assert packed([4, 0, 2], [1, 2, 3], [None, 7, 0]).positions.tolist() == [-1, 7, 8, 0, 1, 2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -40,7 +46,7 @@ def test_uniform_layout_is_the_ragged_one(count: int) -> None:
     rows = (3, 1, 5)
     ours, ragged = uniform_layout(rows, torch.tensor(rows), count), packed(list(rows), [count] * 3)
     assert (ours.rows, ours.query_lens) == (ragged.rows, ragged.query_lens)
-    for name in ("row_index", "query_start", "token_rows", "sequence", "offset"):
+    for name in ("row_index", "query_start", "token_rows", "positions"):
         assert torch.equal(getattr(ours, name), getattr(ragged, name)), name
 
 

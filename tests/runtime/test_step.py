@@ -48,7 +48,7 @@ def test_what_a_mixed_step_reads(packer: StepPacker) -> None:
     chunk = PlanRow(request_id="c", row=2, num_new=3, start=5, samples=False, draft_prefill=4)
     inputs = prepared(packer, plan(decode(3, 2, "draft_model"), decode(1, 1, "ngram"), decode(0), chunk))
     assert inputs.layout.query_lens == (3, 2, 1, 3)
-    assert inputs.starts.tolist() == [5]
+    assert inputs.layout.positions.tolist() == [-1, -2, -3, -1, -2, -1, 5, 6, 7]
     assert inputs.sample_index is not None
     assert inputs.sample_index.tolist() == [0, 1, 2, 3, 4, 4, 5, 5, 5]
     assert inputs.sampling_rows.tolist() == [3, 1, 0]
@@ -104,8 +104,8 @@ def test_bounds_are_never_kept(packer: StepPacker) -> None:
 def test_prefill_is_never_kept(packer: StepPacker) -> None:
     chunk = PlanRow(request_id="c", row=2, num_new=3, start=0)
     later = PlanRow(request_id="c", row=2, num_new=3, start=3)
-    assert prepared(packer, plan(chunk)).starts.tolist() == [0]
-    assert prepared(packer, plan(later)).starts.tolist() == [3]
+    assert prepared(packer, plan(chunk)).layout.positions.tolist() == [0, 1, 2]
+    assert prepared(packer, plan(later)).layout.positions.tolist() == [3, 4, 5]
 
 
 def test_only_so_many_are_kept(packer: StepPacker) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from specserve_kernels.attention.combine import AHEAD, COMBINED, combine
 from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
 from specserve_kernels.attention.part import attend, locate, prefetch
-from specserve_kernels.attention.plan import FIELDS, multiprocessors, plan_triton, schedule
+from specserve_kernels.attention.plan import FIELDS, Queries, multiprocessors, plan_triton, schedule
 from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
@@ -148,11 +148,13 @@ def choose_tile(dtype: torch.dtype, dim: int, rows: int) -> Tile:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """Sequences first_seq … first_seq + num_seqs - 1 of one forward, planned; shared by its layers."""
+    """The sequences first_seq … first_seq + num_seqs - 1 of one forward, as far as they have `queries`, planned; shared
+    by its layers."""
 
     meta: AttentionMetadata
     first_seq: int
     num_seqs: int
+    queries: Queries
     rows: int  # the most queries of a sequence, times groups
     block_m: int
     tile: Tile
@@ -164,21 +166,23 @@ class DecodeRun:
 
 
 def prepare_decode(
-    meta: AttentionMetadata, shape: AttentionShape, first_seq: int, num_seqs: int, tile: Tile | None = None
-) -> DecodeRun:
+    meta: AttentionMetadata, shape: AttentionShape, first_seq: int, num_seqs: int, queries: Queries,
+    tile: Tile | None = None,
+) -> DecodeRun:  # fmt: skip
     """Allocate what the run's layers need. The plans are made by the first layer of each window."""
-    chosen = slice(first_seq, first_seq + num_seqs)
     device = meta.positions.device
-    rows = max(meta.query_lens[chosen]) * (shape.heads // shape.kv_heads)
+    rows = queries.most * (shape.heads // shape.kv_heads)
     dim = max(16, power_of_2(shape.head_dim))
     tile = tile or choose_tile(shape.dtype, dim, rows)
     block_m = min(16 if shape.dtype == torch.float32 else 64, max(16, power_of_2(rows)))
-    max_tiles = sum(cdiv(bound, tile.block_n) for bound in meta.context_bounds[chosen])
-    capacity, shortest = schedule(num_seqs, shape.kv_heads, max_tiles, multiprocessors(device) * tile.resident)
+    bounds = meta.context_bounds[first_seq : first_seq + num_seqs]
+    max_tiles = sum(cdiv(bound, tile.block_n) for bound in bounds)
+    planned = min(num_seqs, meta.positions.shape[0] // queries.least)
+    capacity, shortest = schedule(planned, shape.kv_heads, max_tiles, multiprocessors(device) * tile.resident)
     counters = torch.empty(capacity, shape.kv_heads * cdiv(rows, block_m), dtype=torch.int32, device=device)
     lse = torch.empty(capacity, shape.kv_heads, rows, dtype=torch.float32, device=device)
     partial = torch.empty(*lse.shape, shape.head_dim, dtype=torch.float32, device=device)
-    return DecodeRun(meta, first_seq, num_seqs, rows, block_m, tile, shortest, counters, partial, lse)
+    return DecodeRun(meta, first_seq, num_seqs, queries, rows, block_m, tile, shortest, counters, partial, lse)
 
 
 def decode_attention_triton(
@@ -193,8 +197,8 @@ def decode_attention_triton(
     fresh = window not in run.plans
     if fresh:
         run.plans[window] = plan_triton(
-            meta, run.counters, first_seq=run.first_seq, num_seqs=run.num_seqs, window=window, tile=tile.block_n,
-            shortest=run.shortest,
+            meta, run.counters, first_seq=run.first_seq, num_seqs=run.num_seqs, queries=run.queries, window=window,
+            tile=tile.block_n, shortest=run.shortest,
         )  # fmt: skip
     items = run.plans[window]
     dim = max(16, power_of_2(head_dim))

@@ -21,6 +21,9 @@ class AttentionMetadata:
 
     A sequence's KV length is the position of its last token plus one. What differs between two replays of one graph is
     on the device; the host's numbers are the shapes, and bounds.
+
+    Ragged metadata (query_lens None; Triton's backend alone takes it) leaves lengths to the device as well: sequences
+    may be empty, and the tokens from query_start[B] on belong to none. Their attention is 0.
     """
 
     positions: Tensor  # [T] int64, true positions; padding tokens have position 0 and slot 0
@@ -28,9 +31,10 @@ class AttentionMetadata:
     block_tables: Tensor  # [R, max_blocks] int64, the tables of all device rows
     rows: Tensor  # [B] int64, the row of block_tables that each sequence reads
     query_start: Tensor  # [B + 1] int64, the first token of each sequence, then T
-    query_lens: tuple[int, ...]  # host, per sequence, each >= 1; sum = T
+    query_lens: tuple[int, ...] | None  # host, per sequence, each >= 1; sum = T
     context_bounds: tuple[int, ...]  # host upper bound of KV length per sequence after this forward
     block_size: int
+    max_query_len: int = 0  # host upper bound of a sequence's tokens where query_lens is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,12 @@ class PreparedAttention:
 
 def prepare(meta: AttentionMetadata, shape: AttentionShape, backend: str | None = None) -> PreparedAttention:
     """Compute once what every layer needs. `backend`: one of BACKENDS by name; None: the fastest for this device."""
-    assert len(meta.query_lens) == len(meta.context_bounds) == meta.rows.shape[0] == meta.query_start.shape[0] - 1, meta
-    assert sum(meta.query_lens) == meta.positions.shape[0] == meta.slot_mapping.shape[0], meta
+    assert len(meta.context_bounds) == meta.rows.shape[0] == meta.query_start.shape[0] - 1, meta
+    assert meta.positions.shape == meta.slot_mapping.shape, meta
+    if meta.query_lens is None:
+        assert 1 <= meta.max_query_len <= meta.positions.shape[0], meta
+    else:
+        assert len(meta.query_lens) == meta.rows.shape[0] and sum(meta.query_lens) == meta.positions.shape[0], meta
     capacity = meta.block_tables.shape[1] * meta.block_size
     assert max(meta.context_bounds) <= capacity, "context bound beyond the block table"
     chosen = choose(meta, shape) if backend is None else BACKENDS[backend]

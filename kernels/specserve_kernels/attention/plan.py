@@ -22,6 +22,14 @@ from specserve_kernels.attention.interface import AttentionMetadata
 from specserve_kernels.language import power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 
+
+class Queries(NamedTuple):
+    """Which sequences are planned: those with so many queries. Others, the empty ones too, get no items."""
+
+    least: int
+    most: int
+
+
 FIELDS = 8
 """int32 numbers an item has: 32 bytes, one sector of memory."""
 SHORTEST = ((16, 128), (64, 256), (None, 512))
@@ -36,7 +44,7 @@ class Schedule(NamedTuple):
     shortest: int
 
 
-_NUMBERS = ["first_seq", "num_seqs", "window", "capacity", "shortest", "counters_each", "tile"]
+_NUMBERS = ["first_seq", "num_seqs", "least", "most", "window", "capacity", "shortest", "counters_each", "tile"]
 
 
 @relaunched
@@ -49,6 +57,8 @@ def _plan_kernel(
     counters,
     first_seq,
     num_seqs,
+    least,
+    most,
     window,
     capacity,
     shortest,
@@ -64,7 +74,8 @@ def _plan_kernel(
     i = tl.arange(0, SEQS)
     inside = i < num_seqs
     first = tl.load(query_start + first_seq + i, mask=inside, other=0)
-    last = tl.load(query_start + first_seq + i + 1, mask=inside, other=1)
+    last = tl.load(query_start + first_seq + i + 1, mask=inside, other=0)
+    inside &= (last - first >= least) & (last - first <= most)
     row = tl.load(rows + first_seq + i, mask=inside, other=0).to(tl.int32)
     end = tl.load(positions + last - 1, mask=inside, other=-1).to(tl.int32) + 1
     begin = tl.zeros([SEQS], dtype=tl.int32)
@@ -128,17 +139,19 @@ def plan_triton(
     *,
     first_seq: int,
     num_seqs: int,
+    queries: Queries,
     window: int | None,
     tile: int,
     shortest: int,
 ) -> Tensor:
-    """The items of sequences first_seq … first_seq + num_seqs - 1; counters: [capacity, KV heads * …] int32."""
+    """The items of sequences first_seq … first_seq + num_seqs - 1, as far as they have `queries`; there must be room
+    for each of those. counters: [capacity, KV heads * …] int32."""
     capacity, each = counters.shape
     items = torch.empty(capacity, FIELDS, dtype=torch.int32, device=counters.device)
     seqs = max(64, power_of_2(num_seqs))
     _plan_kernel[(1,)](
         meta.positions, meta.query_start, meta.rows, items, counters,
-        first_seq, num_seqs, window or 0, capacity, shortest, each, tile,
+        first_seq, num_seqs, *queries, window or 0, capacity, shortest, each, tile,
         SEQS=seqs, FIELDS=FIELDS, WINDOWED=window is not None, num_warps=1 if seqs <= 64 else 4,
     )  # fmt: skip
     return items

@@ -86,7 +86,7 @@ def _attend(
 
 @relaunched
 @triton.jit(
-    do_not_specialize=["first_seq", "num_seqs", "window"],
+    do_not_specialize=["first_seq", "num_seqs", "shortest", "window"],
     do_not_specialize_on_alignment=["rows", "query_start", "positions"],
 )
 def _prefill_kernel(
@@ -100,6 +100,7 @@ def _prefill_kernel(
     out_ptr,
     first_seq,
     num_seqs,
+    shortest,
     window,
     scale,  # of the scores, times log2(e)
     q_stride,
@@ -122,7 +123,7 @@ def _prefill_kernel(
     kv_head = tl.program_id(1)
     seq, first_token, tile = locate(query_start, first_seq, num_seqs, flat, TILE_Q, SEQS)
     query_len = (tl.load(query_start + seq + 1) - first_token).to(tl.int32)
-    if tile * TILE_Q >= query_len:
+    if (tile * TILE_Q >= query_len) | (query_len < shortest):
         return
     row = tl.arange(0, BLOCK_M)
     query = tile * TILE_Q + row // GROUPS
@@ -205,9 +206,11 @@ def prefill_attention_triton(
     block_size: int,
     scale: float,
     window: int | None,
+    shortest: int = 1,
     tile: Tile | None = None,
 ) -> None:
     """Write the attention of sequences first_seq … first_seq + num_seqs − 1 into their tokens of `out`, on any GPU.
+    Those of fewer than `shortest` queries are left out.
 
     block_tables [R, max_blocks], rows [B], query_start [B + 1], positions [T] int64: sequence b reads its blocks from
     block_tables[rows[b]] and owns the tokens query_start[b] … query_start[b + 1] − 1, at consecutive positions.
@@ -226,7 +229,7 @@ def prefill_attention_triton(
     tiles = cdiv(queries, tile_q) + num_seqs - 1
     _prefill_kernel[(tiles, kv_heads)](
         q, k_cache, v_cache, block_tables, rows, query_start, positions, out,
-        first_seq, num_seqs, window or 0, scale * math.log2(math.e),
+        first_seq, num_seqs, shortest, window or 0, scale * math.log2(math.e),
         q.stride(0), out.stride(0), k_cache.stride(0), k_cache.stride(1), block_tables.stride(0),
         GROUPS=groups, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=block_size,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WINDOWED=window is not None, SEQS=SEQS,

@@ -44,13 +44,14 @@ def _tile(tiles, item, items, KV_HEADS: gl.constexpr, FIELDS: gl.constexpr):
 
     Programs with several items take all heads of the longest tiles first, and every second round goes backwards: who
     took the most of the last one takes the least of this one. Where each has one, head after head stays in the cache.
+    How many items there are is known to the device alone: there may be fewer than programs, or none.
     """
     programs = gl.num_programs(0)
     turn = item // programs
     back = (turn % 2 == 1) & ((turn + 1) * programs <= items)
     place = gl.where(back, (2 * turn + 1) * programs - 1 - item, item)
-    count = items // KV_HEADS
-    single = programs == items
+    count = gl.maximum(items // KV_HEADS, 1)
+    single = programs >= items
     tile = gl.where(single, place % count, place // KV_HEADS)
     return tiles + tile * FIELDS, gl.where(single, place // count, place % KV_HEADS)
 
@@ -189,7 +190,8 @@ def consume(q_ptr, out_ptr, tiles, q_smem, k_smem, v_smem, k_full, k_empty, v_fu
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     step = 0  # tiles of keys so far, of all items
-    tile, kv_head = _tile(tiles, gl.program_id(0), items, KV_HEADS, FIELDS)
+    # A program without an item looks at the last one's queries, and where there is none at all, at the first record.
+    tile, kv_head = _tile(tiles, gl.maximum(gl.minimum(gl.program_id(0), items - 1), 0), items, KV_HEADS, FIELDS)
     q_left, q_right = _load_queries(q_ptr, tile, kv_head, q_stride, GROUPS, HALVES, ROWS, GROUP)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, kv_head = _tile(tiles, item, items, KV_HEADS, FIELDS)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specserve_kernels.attention.interface import AttentionShape
 from specserve_kernels.attention.prefill_groups import consume, produce
-from specserve_kernels.attention.prefill_tiles import FIELDS
+from specserve_kernels.attention.prefill_tiles import FIELDS, TileList
 from specserve_kernels.language import triton
 from specserve_kernels.launch import relaunched
 
@@ -46,14 +46,15 @@ def _barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
 
 
 @relaunched
-@gluon.jit(do_not_specialize=["items"])
+@gluon.jit
 def _prefill_kernel(
-    q_ptr, k_desc, v_desc, block_tables, tiles, out_ptr, items, scale, q_stride, out_stride, table_stride,
+    q_ptr, k_desc, v_desc, block_tables, tiles, count, out_ptr, scale, q_stride, out_stride, table_stride,
     KV_HEADS: gl.constexpr, FIELDS: gl.constexpr, GROUPS: gl.constexpr, HALVES: gl.constexpr,
     ROWS: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
+    items = gl.load(count).to(gl.int32) * KV_HEADS
     q_smem = gl.allocate_shared_memory(dtype, [2 * HALVES, ROWS, 64], layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES * HALVES, BLOCK_N, 64], layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES * HALVES, BLOCK_N, 64], layout)
@@ -99,7 +100,7 @@ def prefill_attention_hopper(
     k_cache: Tensor,
     v_cache: Tensor,
     block_tables: Tensor,
-    tiles: Tensor,
+    tiles: TileList,
     out: Tensor,
     *,
     block_size: int,
@@ -108,7 +109,7 @@ def prefill_attention_hopper(
 ) -> None:
     """prefill_attention_triton where `takes` allows it; tiles: of list_tiles, for tile_queries.
 
-    programs: how many share the tiles, one on a multiprocessor; None: as many as there are tiles times KV heads.
+    programs: how many share the tiles, one on a multiprocessor; None: as many as there may be tiles times KV heads.
     """
     _, heads, head_dim = q.shape
     slots, kv_heads, _ = k_cache.shape
@@ -117,10 +118,10 @@ def prefill_attention_hopper(
     assert q.stride()[1:] == out.stride()[1:] == (head_dim, 1), (q.stride(), out.stride())
     assert q.data_ptr() % 16 == out.data_ptr() % 16 == 0, "copied by 16 bytes"
     k_desc, v_desc = (TensorDescriptor(c, [slots, width], [width, 1], [page, 64], _TILE) for c in (k_cache, v_cache))
-    items = tiles.shape[0] * kv_heads
-    grid = (min(programs or items, items), 1, 1)
-    numbers = items, scale * math.log2(math.e), q.stride(0), out.stride(0), block_tables.stride(0)
+    most = tiles.records.shape[0] * kv_heads
+    grid = (min(programs or most, most), 1, 1)
+    numbers = scale * math.log2(math.e), q.stride(0), out.stride(0), block_tables.stride(0)
     _prefill_kernel[grid](
-        q, k_desc, v_desc, block_tables, tiles, out, *numbers, KV_HEADS=kv_heads, FIELDS=FIELDS, GROUPS=groups,
+        q, k_desc, v_desc, block_tables, *tiles, out, *numbers, KV_HEADS=kv_heads, FIELDS=FIELDS, GROUPS=groups,
         HALVES=head_dim // 64, ROWS=_ROWS, BLOCK_N=_KEYS, PAGE=page, BLOCK_SIZE=block_size, STAGES=_STAGES, num_warps=4,
     )  # fmt: skip

@@ -6,11 +6,21 @@ layers of a forward: the longest first, because programs that take several tiles
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from specserve_kernels.language import cdiv, tl, triton
 from specserve_kernels.launch import relaunched
+
+
+class TileList(NamedTuple):
+    """`records` [N, FIELDS] int32, those of tiles first, most keys first; `num_tiles` [] int64: how many are tiles."""
+
+    records: Tensor
+    num_tiles: Tensor
+
 
 SEQS = 64  # query starts looked at together while a program finds its sequence
 FIELDS = 8
@@ -37,7 +47,7 @@ def locate(query_start, first_seq, num_seqs, tile, TILE_Q: tl.constexpr, SEQS: t
 
 @relaunched
 @triton.jit(
-    do_not_specialize=["first_seq", "num_seqs"],
+    do_not_specialize=["first_seq", "num_seqs", "shortest"],
     do_not_specialize_on_alignment=["rows", "query_start", "positions"],
 )
 def _tiles_kernel(
@@ -48,6 +58,7 @@ def _tiles_kernel(
     keys_ptr,
     first_seq,
     num_seqs,
+    shortest,
     TILE_Q: tl.constexpr,
     SEQS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -55,9 +66,10 @@ def _tiles_kernel(
     flat = tl.program_id(0)
     seq, first_token, tile = locate(query_start, first_seq, num_seqs, flat, TILE_Q, SEQS)
     query_len = (tl.load(query_start + seq + 1) - first_token).to(tl.int32)
-    base = tl.load(positions + first_token).to(tl.int32)
     first_query = tile * TILE_Q
-    keys = tl.where(first_query < query_len, base + tl.minimum(first_query + TILE_Q, query_len), 0)
+    real = (first_query < query_len) & (query_len >= shortest)
+    base = tl.load(positions + first_token, mask=real, other=0).to(tl.int32)  # behind an empty sequence is no token
+    keys = tl.where(real, base + tl.minimum(first_query + TILE_Q, query_len), 0)
     place = tiles + flat * FIELDS
     tl.store(place, first_token.to(tl.int32))
     tl.store(place + 1, first_query)
@@ -69,15 +81,21 @@ def _tiles_kernel(
 
 
 def list_tiles(
-    query_start: Tensor, rows: Tensor, positions: Tensor, query_lens: tuple[int, ...], first_seq: int, tile_q: int
-) -> Tensor:
-    """Tiles of the sequences first_seq …, which have `query_lens` queries: [tiles, FIELDS] int32, most keys first."""
-    candidates = cdiv(sum(query_lens), tile_q) + len(query_lens) - 1
+    query_start: Tensor, rows: Tensor, positions: Tensor, query_lens: tuple[int, ...] | None, first_seq: int,
+    tile_q: int, *, shortest: int = 1,
+) -> TileList:  # fmt: skip
+    """Tiles of the sequences first_seq …, which have `query_lens` queries; None: of all from first_seq on, with
+    whatever queries the device knows of. Sequences of fewer than `shortest` queries have none."""
+    if query_lens is None:
+        num_seqs, tokens = rows.shape[0] - first_seq, positions.shape[0]
+    else:
+        num_seqs, tokens = len(query_lens), sum(query_lens)
+    candidates = cdiv(tokens, tile_q) + num_seqs - 1
     tiles = torch.empty(candidates, FIELDS, dtype=torch.int32, device=rows.device)
     keys = torch.empty(candidates, dtype=torch.int32, device=rows.device)
     _tiles_kernel[(candidates,)](
-        query_start, rows, positions, tiles, keys, first_seq, len(query_lens),
+        query_start, rows, positions, tiles, keys, first_seq, num_seqs, shortest,
         TILE_Q=tile_q, SEQS=SEQS, FIELDS=FIELDS, num_warps=1,
     )  # fmt: skip
-    count = sum(cdiv(length, tile_q) for length in query_lens)
-    return tiles[keys.argsort(descending=True)[:count]]
+    most = candidates if query_lens is None else sum(cdiv(length, tile_q) for length in query_lens)
+    return TileList(tiles[keys.argsort(descending=True)[:most]], (keys > 0).sum())

@@ -49,6 +49,7 @@ def takes(shape: AttentionShape, block_size: int) -> bool:
 
 
 def prepare(meta: AttentionMetadata, shape: AttentionShape) -> PreparedReference:
+    assert meta.query_lens is not None, "the reference must know the lengths"
     batches = []
     token = 0
     for first, last in _runs(meta.query_lens):
@@ -73,6 +74,7 @@ def _runs(query_lens: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def _batch(meta: AttentionMetadata, first: int, last: int, token: int, shape: AttentionShape) -> QueryBatch:
+    assert meta.query_lens is not None
     lens = meta.query_lens[first:last]
     num_seqs, query_len, device = last - first, max(lens), meta.positions.device
     num_blocks = -(-max(meta.context_bounds[first:last]) // meta.block_size)

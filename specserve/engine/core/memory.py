@@ -35,17 +35,26 @@ def allocate_kv_caches(
 
 def _budget(config: EngineConfig, runner: ModelRunner, max_model_len: int, max_num_batched_tokens: int) -> int:
     """Bytes for the KV caches. On a GPU: what `gpu_memory_utilization` leaves beside the weights, the heaviest step,
-    and the graphs, which keep the memory of the largest decode step and their logits for themselves."""
+    and the graphs."""
     if runner.device.type == "cpu":
         return config.kv_cache_bytes
     for state in runner.states:
         state.allocate(1)  # all tokens of the trial go to block 0
     length = min(max_num_batched_tokens, max_model_len)
     heaviest = peak_memory(runner.device, lambda: runner.trial_step(max_num_batched_tokens // length, length))
-    graphs = 0
-    if not config.enforce_eager:
-        spec = runner.target.model.spec
-        graphs = peak_memory(runner.device, lambda: runner.trial_step(config.max_num_seqs, 1)) + output_bytes(
-            config.max_num_seqs, spec.vocab_size * spec.dtype.itemsize, with_adapters=config.max_loras > 0
-        )
+    graphs = 0 if config.enforce_eager else _graph_bytes(config, runner, max_model_len, max_num_batched_tokens)
     return max(0, free_memory(runner.device, config.gpu_memory_utilization) - heaviest - graphs)
+
+
+def _graph_bytes(config: EngineConfig, runner: ModelRunner, max_model_len: int, max_num_batched_tokens: int) -> int:
+    """Bytes that graphs keep for themselves: what the largest of them works in, as they share it, and the logits of
+    each decode step."""
+    with_adapters, rows = config.max_loras > 0, config.max_num_seqs
+    spec = runner.target.model.spec
+    decode = peak_memory(runner.device, lambda: runner.trial_step(rows, 1))
+    ragged = peak_memory(
+        runner.device,
+        lambda: runner.trial_graph(rows, max_model_len, max_num_batched_tokens, with_adapters=with_adapters),
+    )
+    logits = output_bytes(rows, spec.vocab_size * spec.dtype.itemsize, with_adapters=with_adapters)
+    return max(decode, ragged) + logits
