@@ -84,9 +84,9 @@ bench-adapters: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure what 
 bench-kernels: $(INSTALLED) ## Measure each kernel on a GPU against its floor: ONLY=norm,lora
 	$(BIN)/python -m benchmarks.ops $(if $(ONLY),--only $(ONLY))
 
-MINUTES ?= 10
+MINUTES ?= 8
 
-bench-text: $(INSTALLED) ## Measure on a GPU what draft companions give on real text: MINUTES=10
+bench-text: $(INSTALLED) ## Measure on a GPU what draft companions give on real text: MINUTES=8
 	$(BIN)/python -m benchmarks.real_text build/real-text --minutes $(MINUTES)
 
 profile: $(PAIRS)/pair/pair.json ## Show where a decode step's time goes: MODE=lora8_spec4 BATCH=8

@@ -1,6 +1,6 @@
 """What draft companions give on real text: acceptance and speed for each domain, with the base's draft and their own.
 
-    python -m benchmarks.real_text WORK [--minutes 10] [--corpus corpus.jsonl.xz] [--output ROWS.jsonl] [--tiny]
+    python -m benchmarks.real_text WORK [--minutes 8] [--corpus corpus.jsonl.xz] [--output ROWS.jsonl] [--tiny]
 
 It trains, from nothing and offline, a target of 140 M parameters on Python, a draft of 10 M, and a LoRA of rank 16 for
 each other domain of the corpus; distils a companion for each with `specserve.distillation`; and lets the engine
@@ -31,6 +31,7 @@ import torch
 from benchmarks.record import append, surroundings
 from specserve.core.sampling_params import NO_SPECULATION, SamplingParams, SpeculationParams
 from specserve.distillation.distill import distill
+from specserve.distillation.engines import release_memory
 from specserve.distillation.measure import counted, dressed
 from specserve.distillation.report import Report
 from specserve.distillation.settings import DistillSettings
@@ -55,7 +56,7 @@ Drafters = dict[str, str | None]  # who drafts → the adapter's name in the eng
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="folder for models and texts")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of everything, about")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of everything, about")
     parser.add_argument("--corpus", type=Path, help="corpus.jsonl.xz of examples/train_demo.py")
     parser.add_argument(
         "--output", type=Path, help=f"default: {RESULTS.name} among the results, or WORK/rows.jsonl if tiny"
@@ -100,6 +101,7 @@ class Stage:
         self._begin = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        release_memory()
         self._seconds[self._name] = round(time.perf_counter() - self._begin, 1)
 
 

@@ -29,6 +29,9 @@ def dtype_of(settings: DistillSettings) -> torch.dtype:
     return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
 
 
+MAX_NUM_SEQS = 64  # more would mean more graphs to capture, which takes longer than a few hundred texts
+
+
 @contextmanager
 def engine(job: Job, draft_model: str | None, adapters: dict[str, Path]) -> Iterator[LLM]:
     """An engine with these adapters, whose memory is free again afterwards. Raises what `LLM` raises."""
@@ -37,7 +40,7 @@ def engine(job: Job, draft_model: str | None, adapters: dict[str, Path]) -> Iter
         model=job.model, draft_model=draft_model, device=job.settings.device,
         dtype="bfloat16" if dtype_of(job.settings) is torch.bfloat16 else "float32",
         loras=tuple((name, str(path)) for name, path in adapters.items()),
-        max_lora_rank=max(_rank(folder) for folder in folders),
+        max_num_seqs=MAX_NUM_SEQS, max_lora_rank=max(_rank(folder) for folder in folders),
     )  # fmt: skip
     llm = LLM(config)
     try:

@@ -50,10 +50,11 @@ def load_base(name: str, settings: DistillSettings) -> nn.Module:
 
 def with_adapters(model: nn.Module, adapters: dict[str, Path]) -> Any:
     """A PeftModel that knows these adapters by name; the first is active."""
-    names = list(adapters)
-    adapted = PeftModel.from_pretrained(model, str(adapters[names[0]]), adapter_name=names[0])
-    for name in names[1:]:
-        adapted.load_adapter(str(adapters[name]), adapter_name=name)
+    first, *others = adapters
+    device = str(next(model.parameters()).device)  # left to itself, peft takes a GPU where there is one
+    adapted = PeftModel.from_pretrained(model, str(adapters[first]), adapter_name=first, torch_device=device)
+    for name in others:
+        adapted.load_adapter(str(adapters[name]), adapter_name=name, torch_device=device)
     return adapted.eval()
 
 
