@@ -13,6 +13,7 @@ from specserve.core.errors import InvalidRequestError, ModelLoadError
 from specserve.device import resolve_device
 from specserve.engine.core.memory import allocate_kv_caches
 from specserve.loading import load_model
+from specserve.loading.quantization import check_quantization
 from specserve.models.spec import ModelSpec
 from specserve.runtime.model_state import Model, ModelState
 from specserve.runtime.rows import DeviceRows
@@ -73,7 +74,10 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = (),
     config = resolve_paths(config)
     device = usable_device(config.device)
     batched_tokens = resolve_batched_tokens(config, device)
-    target = load_model(config.model, dtype=config.dtype, device=device, progress=progress)
+    check_quantization(config, device)
+    target = load_model(
+        config.model, dtype=config.dtype, device=device, quantization=config.quantization, progress=progress
+    )
     draft = _load_draft(config, target.spec, device, progress=progress)
     models: list[Model] = [target] if draft is None else [target, draft]
     max_model_len = resolve_max_model_len(config.max_model_len, [model.spec for model in models])
@@ -134,7 +138,10 @@ def default_proposer(config: EngineConfig, proposers: ProposerRegistry) -> str |
 def _load_draft(config: EngineConfig, target: ModelSpec, device: torch.device, *, progress: bool) -> Model | None:
     if config.draft_model is None:
         return None
-    draft = load_model(config.draft_model, dtype=dtype_name(target.dtype), device=device, progress=progress)
+    draft = load_model(
+        config.draft_model, dtype=dtype_name(target.dtype), device=device, quantization=config.draft_quantization,
+        progress=progress,
+    )  # fmt: skip
     check_draft(target, draft.spec)
     return draft
 

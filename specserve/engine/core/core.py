@@ -57,6 +57,7 @@ class EngineCore:
         self._tickets: deque[Ticket] = deque()
         self._done: list[RequestOutput] = []  # ended without a step
         self._calls = AdapterCalls(built.adapters)
+        draft = built.runner.draft
         self.ready = Ready(
             model=config.model,
             vocab_size=built.spec.vocab_size,
@@ -66,6 +67,8 @@ class EngineCore:
             num_blocks=built.num_blocks,
             device=str(built.device),
             dtype=dtype_name(built.spec.dtype),
+            quantization=built.spec.quantization,
+            draft_quantization=None if draft is None else draft.model.spec.quantization,
         )
 
     # --- the step ---------------------------------------------------------------------------------------------------
