@@ -11,11 +11,12 @@ import torch
 from msgspec.structs import replace
 
 from specserve.config import EngineConfig
-from specserve.core.messages import AddRequest, LoraRef, RequestOutput
+from specserve.core.messages import AddRequest, LoraRef, RequestOutput, TokenLogprobs
 from specserve.core.plan import AdapterLoad, StepPlan
 from specserve.core.sampling_params import SamplingParams, SpeculationParams
 from specserve.engine.core.core import EngineCore
 from specserve.llm import LLM
+from specserve.runtime.layout import StepLayout
 from specserve.runtime.ticket import Ticket
 from specserve_kernels.tolerances import MODEL
 
@@ -147,6 +148,64 @@ def test_a_graph_does_what_its_launches_do(dtype: str) -> None:
         same = next((i for i, (a, b) in enumerate(zip(mine[0], wanted[0], strict=True)) if a != b), len(mine[0]))
         assert dtype != "float32" or same == len(mine[0])
         torch.testing.assert_close(torch.tensor(mine[1][:same]), torch.tensor(wanted[1][:same]), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_graph_of_mixed_steps_does_what_its_launches_do(dtype: str, num_drafts: int) -> None:
+    """Prompts come one after another and are cut into chunks beside others' decodes or verifications, so that each step
+    is another mix: in float32 the same tokens, log-probabilities within tolerance."""
+    speculation = SpeculationParams(num_draft_tokens=num_drafts, proposer="ngram" if num_drafts else None)
+    params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=1, ignore_eos=True, speculation=speculation)
+    (eager, none), (graphs, replayed) = (_mixed(dtype, params, enforce_eager=value) for value in (True, False))
+    assert not none and len({tokens for tokens in replayed if tokens > 64}) >= 2, replayed
+    rtol, atol = MODEL[getattr(torch, dtype)]
+    for name, wanted in eager.items():
+        mine = graphs[name]
+        pairs = zip(mine, wanted, strict=True)
+        same = next((i for i, (a, b) in enumerate(pairs) if a.token_id != b.token_id), len(mine))
+        assert dtype != "float32" or same == len(mine) == 24
+        values, expected = ([entry.logprob for entry in entries[:same]] for entries in (mine, wanted))
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=rtol, atol=atol)
+
+
+def _mixed(
+    dtype: str, params: SamplingParams, *, enforce_eager: bool
+) -> tuple[dict[str, list[TokenLogprobs]], list[int]]:
+    """Log-probabilities of each request, and how many tokens the steps had that were replayed as ragged graphs."""
+    core = EngineCore(
+        EngineConfig(
+            model="demo", device="cuda", dtype=dtype, num_blocks=400, max_num_seqs=16, max_num_batched_tokens=200,
+            enforce_eager=enforce_eager,
+        )
+    )  # fmt: skip
+    replayed: list[int] = []
+    ragged = core.built.runner.ragged_graphs
+    if ragged is not None:
+        run = ragged.run
+
+        def counted(layout: StepLayout) -> torch.Tensor:
+            replayed.append(layout.token_rows.shape[0])
+            return run(layout)
+
+        ragged.run = counted  # type: ignore[method-assign]
+    loras = [(), (LoraRef("sql"),), (LoraRef("docs", 0.5), LoraRef("sql", 0.7)), (), (LoraRef("javascript"),)]
+    waiting = [
+        AddRequest(
+            request_id=f"{length}", prompt_ids=[7 + i % 40 for i in range(length)], params=params, seed=1, lora=lora
+        )
+        for length, lora in zip((3, 350, 17, 90, 600), loras, strict=True)
+    ]
+    entries: dict[str, list[TokenLogprobs]] = {request.request_id: [] for request in waiting}
+    while waiting or core.has_work():
+        if waiting:
+            core.add_request(waiting.pop(0))
+        core.poll_replies()
+        for output in core.step():
+            assert output.error is None
+            entries[output.request_id] += output.logprobs or []
+    core.close()
+    return entries, replayed
 
 
 def _outputs(dtype: str, params: SamplingParams, *, enforce_eager: bool) -> list[tuple[list[int], list[float]]]:

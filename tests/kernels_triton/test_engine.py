@@ -83,7 +83,12 @@ class Again:
     """What a CUDA graph does, on a CPU: the same work on the same memory."""
 
     def __init__(self, work: Callable[[], Tensor]) -> None:
-        self.replay = work
+        self._work = work
+        self.replays = 0
+
+    def replay(self) -> Tensor:
+        self.replays += 1
+        return self._work()
 
 
 def capture_again(sets: Sequence[GraphSet], device: torch.device, *, with_adapters: bool, progress: bool) -> object:
@@ -118,12 +123,23 @@ def test_triton_is_the_reference(
     llm = _engine(zoo, scenario, device.type)
     if scenario.graphs and device.type == "cpu":
         llm.engine.built.runner.capture_graphs(MAX_NUM_SEQS, 64, 24, with_adapters=True, progress=False)
+    answers = _answers(llm, scenario)
+    if scenario.graphs and device.type == "cpu":
+        _assert_replayed(llm)
     rtol, atol = MODEL[torch.float32]
-    for ours, reference in zip(_answers(llm, scenario), wanted, strict=True):
+    for ours, reference in zip(answers, wanted, strict=True):
         assert ours.token_ids == reference.token_ids
         assert ours.cached_tokens == reference.cached_tokens
         values, expected = ([entry.logprob for entry in output.logprobs or ()] for output in (ours, reference))
         torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=rtol, atol=atol)
+
+
+def _assert_replayed(llm: LLM) -> None:
+    """Decode steps were, and steps of both buckets of tokens."""
+    decode, ragged = llm.engine.built.runner.graphs, llm.engine.built.runner.ragged_graphs
+    assert decode is not None and ragged is not None
+    replayed = [{key[0] for key, graph in one.graphs.items() if graph.replays} for one in (decode, ragged)]  # type: ignore[attr-defined]
+    assert replayed[0] and replayed[1] == {16, 24}, replayed
 
 
 def _engine(zoo: Zoo, scenario: Scenario, device: str) -> LLM:
