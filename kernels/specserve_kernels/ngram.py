@@ -95,7 +95,14 @@ _IMPLEMENTATIONS = {"torch": ngram_lookup_ref, "triton": ngram_lookup_triton}
 
 
 def ngram_lookup(
-    history: Tensor, num_tokens: Tensor, rows: Tensor, limits: Tensor, max_drafts: int, *, min_ngram: int, max_ngram: int
+    history: Tensor,
+    num_tokens: Tensor,
+    rows: Tensor,
+    limits: Tensor,
+    max_drafts: int,
+    *,
+    min_ngram: int,
+    max_ngram: int,
 ) -> tuple[Tensor, Tensor]:
     """(tokens [B, max_drafts], counts [B]); on a GPU the work grows with a row's true length, not with the width."""
     assert history.is_contiguous() and rows.is_contiguous() and limits.is_contiguous()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specserve.core.plan import PlanRow
 from specserve.runtime.layout import StepLayout, uniform_layout
 from specserve.runtime.model_state import ModelState
 from specserve.runtime.rows import DeviceRows
@@ -35,19 +36,18 @@ class Drafter:
         computed.index_copy_(0, layout.row_index, computed[layout.row_index] + counts)
 
     def propose(
-        self, groups: tuple[DraftGroup, ...], context_bounds: tuple[int, ...], vocab_size: int
+        self, groups: tuple[DraftGroup, ...], sampling_rows: Sequence[PlanRow], vocab_size: int
     ) -> Drafts | None:
-        """Drafts of all sampling rows, whose KV is bounded by `context_bounds` (count 0 where a row has none); None if
-        no row drafts."""
+        """Drafts of all sampling rows (count 0 where a row has none); None if no row drafts."""
         if not groups:
             return None
-        parts = [(group.indices, self._propose(group, context_bounds)) for group in groups]
-        if len(parts) == 1 and len(groups[0].rows) == len(context_bounds):
+        parts = [(group.indices, self._propose(group, [sampling_rows[i] for i in group.places])) for group in groups]
+        if len(parts) == 1 and len(groups[0].rows) == len(sampling_rows):
             return parts[0][1]
-        return merge_drafts(parts, len(context_bounds), vocab_size)
+        return merge_drafts(parts, len(sampling_rows), vocab_size)
 
-    def _propose(self, group: DraftGroup, context_bounds: tuple[int, ...]) -> Drafts:
-        bounds = tuple(context_bounds[place] for place in group.places)
+    def _propose(self, group: DraftGroup, plan_rows: Sequence[PlanRow]) -> Drafts:
+        bounds = tuple(row.context_bound for row in plan_rows)
         batch = DraftBatch(
             rows=group.row_index,
             num_drafts=group.num_drafts,
@@ -57,6 +57,7 @@ class Drafter:
             num_tokens=self.rows.num_tokens[group.row_index],
             sampling=self.rows.sampling.gather(group.rows),
             forward=self._forward_fn(group.rows, group.row_index, bounds),
+            request_ids=tuple(row.request_id for row in plan_rows),
         )
         return self.proposers.get(group.proposer).propose(batch)
 

@@ -66,8 +66,7 @@ class ModelRunner:
         sampling_rows = [row for row in plan.rows if row.samples]
         if inputs.catch_up is not None:
             self.drafter.catch_up(inputs.catch_up, tuple(r.context_bound for r in plan.rows if r.draft_prefill))
-        bounds = tuple(row.context_bound for row in sampling_rows)
-        drafts = self.drafter.propose(inputs.draft_groups, bounds, self.target.model.spec.vocab_size)
+        drafts = self.drafter.propose(inputs.draft_groups, sampling_rows, self.target.model.spec.vocab_size)
         if drafts is not None:
             self._note_drafts(inputs.sampling_rows, drafts)
         logits = self._forward(plan.rows, inputs)  # [S, K+1, vocab] | None

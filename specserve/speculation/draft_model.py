@@ -28,6 +28,20 @@ def draw_draft(
     )  # fmt: skip
 
 
+def keep_given(given: Drafts, step: int, token: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Draft `step` [B] of each row, and what it was drawn from [B, vocab]: what is given, else `token` and `q`.
+
+    A given draft without probabilities is one-hot where others have some. The given ones have them only if `q` has:
+    whether there are any is decided by the rows' methods.
+    """
+    kept = step < given.counts  # [B]
+    token = torch.where(kept, given.tokens[:, step], token)
+    if q is None:
+        return token, None
+    own = torch.zeros_like(q).scatter_(1, token.unsqueeze(1), 1.0) if given.probs is None else given.probs[:, step]
+    return token, torch.where(kept.unsqueeze(1), own, q)
+
+
 class DraftModelProposer:
     """k passes of the draft model over the rows' history.
 
@@ -40,6 +54,13 @@ class DraftModelProposer:
     keeps_kv = True
 
     def propose(self, batch: DraftBatch) -> Drafts:
+        return self._draft(batch, None)
+
+    def continue_from(self, batch: DraftBatch, given: Drafts) -> Drafts:
+        """The passes read the given drafts as they would their own, so that the draft's KV holds what is verified."""
+        return self._draft(batch, given)
+
+    def _draft(self, batch: DraftBatch, given: Drafts | None) -> Drafts:
         assert batch.forward is not None, "the engine offers draft_model only with a draft model"
         sampling = batch.sampling.with_history(batch.lengths, batch.history)
         tokens = batch.num_tokens.new_empty(len(batch.num_drafts), batch.max_drafts)  # [B, K]
@@ -50,6 +71,8 @@ class DraftModelProposer:
             logits = batch.forward(positions)  # [B, vocab]
             position = batch.num_tokens + step  # [B]
             token, q = draw_draft(logits, sampling, tokens[:, :step], position)
+            if given is not None:
+                token, q = keep_given(given, step, token, q)
             batch.history[batch.rows, position] = token
             tokens[:, step] = token
             if q is not None:

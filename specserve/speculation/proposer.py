@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class DraftBatch:
 
     `history` [R, width] int64 and `lengths` [R] int64 are those of all device rows, `rows` [B] int64 picks this
     batch's, `num_tokens` = lengths[rows]. Columns from a row's length on are scratch: a drafted token is written there
-    to be read back by the next pass.
+    to be read back by the next pass. `request_ids[i]`: whose row i is.
     """
 
     rows: Tensor
@@ -33,6 +33,7 @@ class DraftBatch:
     num_tokens: Tensor
     sampling: SamplingBatch
     forward: ForwardFn | None  # None: no draft model is loaded
+    request_ids: tuple[str, ...] = ()
 
     @property
     def max_drafts(self) -> int:
@@ -64,4 +65,36 @@ class Proposer(Protocol):
 
     def propose(self, batch: DraftBatch) -> Drafts:
         """Draft up to `num_drafts[i]` tokens after each row's last committed token."""
+        ...
+
+
+@runtime_checkable
+class Continuing(Proposer, Protocol):
+    """A proposer that can go on from another's drafts. One that keeps KV must, to be combined with others: its KV is
+    right only if its passes read what is then verified."""
+
+    def continue_from(self, batch: DraftBatch, given: Drafts) -> Drafts:
+        """Drafts that begin with the `given.counts` [B] that each row has already."""
+        ...
+
+
+@runtime_checkable
+class Listener(Proposer, Protocol):
+    """A proposer that is told, between steps, what its requests' texts are: on the host nobody reads the device.
+
+    `key` stands for all that a text depends on besides its tokens (adapter versions and scales, cache salt): nothing of
+    one key may be drafted for another.
+    """
+
+    def begin(self, request_id: str, key: bytes, token_ids: Sequence[int], num_seen: int) -> None:
+        """A request's first committed token has come: `token_ids` are its prompt and that. The first `num_seen` tokens
+        are known to have stood in an earlier text of the same key."""
+        ...
+
+    def extend(self, request_id: str, token_ids: Sequence[int]) -> None:
+        """Further tokens were committed."""
+        ...
+
+    def end(self, request_id: str) -> None:
+        """The request has ended; `begin` may never have come."""
         ...

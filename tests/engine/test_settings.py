@@ -38,9 +38,15 @@ def test_defaults_are_valid() -> None:
     EngineConfig().validate()
 
 
-def test_draft_model_is_needed_for_its_proposer(open_llm: Open) -> None:
+@pytest.mark.parametrize("proposer", ["draft_model", "suffix+draft_model"])
+def test_draft_model_is_needed_for_its_proposer(proposer: str, open_llm: Open) -> None:
     with pytest.raises(InvalidRequestError, match="draft_model needs --draft-model"):
-        open_llm(draft_model=None, proposer="draft_model")
+        open_llm(draft_model=None, proposer=proposer)
+
+
+@pytest.mark.parametrize("proposer", ["suffix", "ngram+suffix", "suffix+draft_model"])
+def test_proposers_are_set_by_name(proposer: str, open_llm: Open) -> None:
+    assert open_llm(proposer=proposer).engine.built.default_proposer == proposer
 
 
 def _model(folder: Path, **sizes: int) -> str:

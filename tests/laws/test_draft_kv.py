@@ -13,7 +13,8 @@ import pytest
 from msgspec.structs import replace as with_fields
 
 from lawbook.cases import DEPTHS, FAMILIES, Case, over
-from lawbook.engines import HERE, open_engine, requests, run, run_steps
+from lawbook.engines import HERE, open_engine, requests, run, run_steps, script_of, tokens
+from lawbook.fakes import Fickle
 from lawbook.mixes import Ask, asks, prompt, speculating
 from lawbook.zoo import Zoo
 from specserve.core.sampling_params import SamplingParams
@@ -45,6 +46,13 @@ def batch_of(family: str, mode: str, mix: str, length: int | None = None) -> lis
     return speculating(batch, Case(family, "near_draft", mode, 1, mix), num_drafts=4)
 
 
+def proposed_by(proposer: str, batch: list[Ask]) -> list[Ask]:
+    def with_proposer(params: SamplingParams) -> SamplingParams:
+        return with_fields(params, speculation=with_fields(params.speculation, proposer=proposer))
+
+    return [replace(ask, params=with_proposer(ask.params)) for ask in batch]
+
+
 def _shorter(params: SamplingParams, num_drafts: int) -> SamplingParams:
     speculation = with_fields(params.speculation, num_draft_tokens=num_drafts)
     return with_fields(params, max_tokens=20, speculation=speculation)
@@ -68,6 +76,38 @@ def test_all_accepted(family: str, mode: str, depth: int, mix: str, open_self: O
     batch = batch_of(family, mode, mix)
     run(llm, batch)
     check_all_accepted(llm, len(batch))
+
+
+@over(family=FAMILIES, mode=METHODS, depth=DEPTHS)
+def test_all_accepted_behind_another_that_finds_nothing(family: str, mode: str, depth: int, open_self: Open) -> None:
+    llm = open_self(family, depth)
+    batch = proposed_by("oracle+draft_model", batch_of(family, mode, "distinct"))  # an oracle without a script
+    run(llm, batch)
+    check_all_accepted(llm, len(batch))
+
+
+@over(family=FAMILIES, mode=("greedy-rejection", "sampled-coupled"), depth=DEPTHS)
+@pytest.mark.usefixtures("exact")
+def test_all_accepted_behind_another_but_what_it_got_wrong(family: str, mode: str, depth: int, open_self: Open) -> None:
+    """Where the first part was right the draft goes on from it, where it was wrong nothing is accepted, and what the
+    draft's passes read there leaves no trace: not in this request, nor in blocks that others find."""
+    batch = batch_of(family, mode, "distinct")
+    truth = tokens(run(open_self(family, depth), batch))
+    fickle = Fickle(script_of(batch, truth))
+    llm = open_self(family, depth, extra=[fickle])
+    assert tokens(run(llm, proposed_by("fickle+draft_model", batch))) == truth
+    stats = llm.engine.stats()
+    assert fickle.wrong > 0 and fickle.given > 0
+    assert stats.num_draft_tokens - stats.num_accepted_tokens == fickle.wrong
+    found = [
+        replace(ask, prompt=(*ask.prompt, *text[:120]), params=_shorter(ask.params, 4))
+        for ask, text in zip(batch, truth, strict=True)
+    ]
+    assert all(output.cached_tokens >= 100 for output in run(llm, found))
+    after = llm.engine.stats()
+    drafted = after.num_draft_tokens - stats.num_draft_tokens
+    assert drafted > len(batch)
+    check_accepted(after.num_accepted_tokens - stats.num_accepted_tokens, drafted)
 
 
 @over(family=FAMILIES, mode=METHODS, depth=DEPTHS)

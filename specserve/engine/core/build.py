@@ -127,11 +127,7 @@ def default_proposer(config: EngineConfig, proposers: ProposerRegistry) -> str |
     if config.proposer is None:
         return "draft_model" if config.draft_model is not None else None
     if config.proposer not in proposers.names:
-        hint = "; draft_model needs --draft-model" if config.proposer == "draft_model" else ""
-        raise InvalidRequestError(
-            f"--proposer {config.proposer!r} is not available; choose from {', '.join(proposers.names)}{hint}.",
-            param="proposer",
-        )
+        raise InvalidRequestError(f"--proposer {proposers.unavailable(config.proposer)}", param="proposer")
     return config.proposer
 
 

@@ -18,6 +18,7 @@ from specserve.core.messages import AddRequest, EngineStats, Ready, Reply, Reque
 from specserve.core.sampling_params import SamplingParams
 from specserve.engine.core.adapter_calls import AdapterCall, AdapterCalls
 from specserve.engine.core.build import Resolved, build_engine, dtype_name
+from specserve.engine.core.listening import Listening
 from specserve.runtime.threads import fastest_thread_count
 from specserve.runtime.ticket import Executor, Ticket
 from specserve.scheduling.kv_cache_manager import KVCacheManager
@@ -57,6 +58,7 @@ class EngineCore:
         self._tickets: deque[Ticket] = deque()
         self._done: list[RequestOutput] = []  # ended without a step
         self._calls = AdapterCalls(built.adapters)
+        self._listening = Listening(built.proposers)
         draft = built.runner.draft
         self.ready = Ready(
             model=config.model,
@@ -86,6 +88,7 @@ class EngineCore:
         may_stay = 0 if plan.empty else self._depth - 1  # several leave at once when a host proposer comes in
         while len(self._tickets) > may_stay:
             outputs += self.scheduler.commit(self._tickets.popleft().result())
+        self._listening.note(outputs)
         if self.config.check_integrity:
             self.check_integrity()
         return outputs
@@ -136,6 +139,7 @@ class EngineCore:
             self._done.append(RequestOutput(request_id=request.request_id, finish_reason="length"))
             return
         self.scheduler.add(added)
+        self._listening.add(added)
 
     def _resolve_params(self, params: SamplingParams, room: int) -> SamplingParams:
         params.validate(self.built.spec.vocab_size)
@@ -173,6 +177,7 @@ class EngineCore:
         """End requests now; their outputs stop. Unknown ids have just finished."""
         for request_id in ids:
             self.scheduler.abort(request_id)
+            self._listening.end(request_id)
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 

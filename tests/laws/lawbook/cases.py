@@ -9,7 +9,10 @@ from itertools import combinations, product
 import pytest
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-PROPOSERS = ("near_draft", "narrow_draft", "ngram", "oracle", "wrong", "random")
+PROPOSERS = (
+    "near_draft", "narrow_draft", "ngram", "suffix", "ngram+near_draft", "suffix+near_draft",
+    "oracle", "wrong", "random",
+)  # fmt: skip
 MODES = ("greedy-rejection", "greedy-coupled", "sampled-coupled")
 DEPTHS = (1, 2)
 MIXES = ("base", "identical", "distinct", "zipf", "overflow", "summed", "scaled")

@@ -14,6 +14,7 @@ from specserve.config import EngineConfig
 from specserve.core.messages import AddRequest
 from specserve.core.seeds import derive_seed
 from specserve.llm import LLM, Output
+from specserve.speculation.proposer import Proposer
 
 MAX_MODEL_LEN = 320
 MAX_NUM_SEQS = 8
@@ -37,11 +38,19 @@ class Place:
 HERE = Place()  # set by the options --law-device and --law-dtype
 
 
-def open_engine(zoo: Zoo, *, draft: str | None = None, script: Sequence[tuple[int, ...]] = (), **fields: object) -> LLM:
+def open_engine(
+    zoo: Zoo,
+    *,
+    draft: str | None = None,
+    script: Sequence[tuple[int, ...]] = (),
+    extra: Sequence[Proposer] = (),
+    **fields: object,
+) -> LLM:
     """An engine with every adapter of the zoo registered, that checks its integrity after every step; in float64 on a
     CPU unless the options of the laws or `fields` say otherwise.
 
-    `draft` names a draft model of the zoo; `script` is what the fake proposers know; `fields` are EngineConfig's.
+    `draft` names a draft model of the zoo; `script` is what the fake proposers know, beside which there are `extra`
+    ones; `fields` are EngineConfig's.
     """
     defaults: dict[str, object] = {
         "model": str(zoo.target),
@@ -57,12 +66,13 @@ def open_engine(zoo: Zoo, *, draft: str | None = None, script: Sequence[tuple[in
         "loras": tuple((name, str(path)) for name, path in zoo.adapters[draft or "near"].items()),
         "check_integrity": True,
     }
-    return LLM(EngineConfig(**(defaults | fields)), proposers=fakes(script))
+    return LLM(EngineConfig(**(defaults | fields)), proposers=[*fakes(script), *extra])
 
 
 def case_engine(zoo: Zoo, case: Case, truth: Sequence[tuple[int, ...]], **fields: object) -> LLM:
     """The engine that a case describes; `truth`: the full sequences expected, for the oracle."""
-    draft = case.proposer.removesuffix("_draft") if case.proposer.endswith("_draft") else None
+    last = case.proposer.split("+")[-1]
+    draft = last.removesuffix("_draft") if last.endswith("_draft") else None
     slots = SLOTS.get(case.mix, MAX_LORAS)
     return open_engine(zoo, draft=draft, script=truth, pipeline_depth=case.depth, max_loras=slots, **fields)
 

@@ -38,6 +38,29 @@ class FromScript:
         return next((text[len(known) :] for text in self.script if text[: len(known)] == known), ())
 
 
+@dataclass
+class Fickle:
+    """To be combined with a draft model: by the number of committed tokens it finds nothing, drafts two tokens of the
+    script, or drafts one that is wrong. `given` and `wrong`: drafts that rows got when it was right and wrong."""
+
+    script: Sequence[tuple[int, ...]]
+    name: str = "fickle"
+    location: Literal["device", "host"] = "device"
+    keeps_kv: bool = False
+    given: int = 0
+    wrong: int = 0
+
+    def propose(self, batch: DraftBatch) -> Drafts:
+        drafts = FromScript("", self.script, 0, "device").propose(batch)
+        phase = batch.num_tokens % 3  # [B]
+        counts = torch.minimum(drafts.counts, phase.new_tensor([0, 2, 1])[phase])
+        for number, count, limit in zip(phase.tolist(), counts.tolist(), batch.num_drafts, strict=True):
+            self.given += limit if count and number == 1 else 0
+            self.wrong += limit if count and number == 2 else 0
+        tokens = torch.where((phase == 2)[:, None], (drafts.tokens + 1) % VOCAB, drafts.tokens)
+        return Drafts(tokens, counts)
+
+
 @dataclass(frozen=True)
 class ByChance:
     """Draws each draft from a wide distribution of its own, keeps a ragged number of them, and owns up to that q."""

@@ -98,7 +98,7 @@ def asks(mix: str, *, sampled: bool, length: int | None = None, num_new: int = N
 
 def proposer_name(proposer: str) -> str:
     """The engine's name of a case's proposer: draft models differ by their weights alone."""
-    return "draft_model" if proposer.endswith("_draft") else proposer
+    return "+".join("draft_model" if part.endswith("_draft") else part for part in proposer.split("+"))
 
 
 def speculating(batch: list[Ask], case: Case, num_drafts: int | None = None) -> list[Ask]:
