@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,19 @@ def with_adapters(model: nn.Module, adapters: dict[str, Path]) -> Any:
     """A PeftModel that knows these adapters by name; the first is active."""
     first, *others = adapters
     device = str(next(model.parameters()).device)  # left to itself, peft takes a GPU where there is one
-    adapted = PeftModel.from_pretrained(model, str(adapters[first]), adapter_name=first, torch_device=device)
-    for name in others:
-        adapted.load_adapter(str(adapters[name]), adapter_name=name, torch_device=device)
+    with _quiet():
+        adapted = PeftModel.from_pretrained(model, str(adapters[first]), adapter_name=first, torch_device=device)
+        for name in others:
+            adapted.load_adapter(str(adapters[name]), adapter_name=name, torch_device=device)
     return adapted.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what peft and transformers have to tell each other of their futures."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def new_companion(job: Job) -> Any:
@@ -66,8 +76,7 @@ def new_companion(job: Job) -> Any:
         task_type="CAUSAL_LM",
     )  # fmt: skip
     base = load_base(job.draft_model, job.settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+    with _quiet():
         return get_peft_model(base, config)
 
 
