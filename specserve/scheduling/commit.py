@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from specserve.core.messages import RequestOutput
 from specserve.core.plan import PlanRow, RowResult
 from specserve.scheduling.adapter_slots import AdapterSlots
+from specserve.scheduling.draft_policy import DraftPolicy
 from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.outputs import accept_tokens, record_speculation
 from specserve.scheduling.request import Request, Status
@@ -19,12 +20,18 @@ class Committer:
     """Takes row results in; whose request ends by that is the scheduler's to see to."""
 
     def __init__(
-        self, kv: KVCacheManager, adapters: AdapterSlots, waiting: WaitingLine, draft_kv: Mapping[str, bool]
+        self,
+        kv: KVCacheManager,
+        adapters: AdapterSlots,
+        waiting: WaitingLine,
+        policy: DraftPolicy,
+        draft_kv: Mapping[str, bool],
     ) -> None:
         self.stats = SchedulerStats()
         self._kv = kv
         self._adapters = adapters
         self._waiting = waiting
+        self._policy = policy
         self._draft_kv = draft_kv
 
     def commit(self, entry: InFlightRow, result: RowResult) -> RequestOutput | None:
@@ -62,4 +69,5 @@ class Committer:
         self._waiting.charge(request, emitted)
         if row.num_drafts:
             record_speculation(request.stats, row.num_drafts, result)
+            self._policy.note(request, row.num_drafts, result.num_accepted)
         self._adapters.count_tokens(request.adapter_uses, emitted, result.num_drafted, result.num_accepted)

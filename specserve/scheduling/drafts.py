@@ -1,7 +1,7 @@
-"""How many tokens to draft for a row, and how much of the draft model's KV must be caught up first.
+"""What of the wanted drafts fits a row, and how much of the draft model's KV must be caught up first.
 
-Plain arithmetic over a Request; the scheduler asks once a row and step. A measured, adaptive choice would replace
-`auto_drafts` and `choose_drafts` behind the same signatures.
+Plain arithmetic over a Request; the scheduler asks once a row and step. How many are wanted where the request does not
+say is the DraftPolicy's affair.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from specserve.scheduling.request import Request
 
-AUTO_DRAFTS = 4  # at most, where neither the request nor the engine's configuration says how many
 # The first draft pass reads the last two committed tokens, so the draft's KV must reach up to there.
 DRAFT_LAG = 2
 
@@ -36,18 +35,9 @@ def draft_gap(request: Request) -> int:
     return max(0, known - DRAFT_LAG - request.num_draft_scheduled_tokens)
 
 
-def auto_drafts(num_decodes: int, cheap_tokens: int) -> int:
-    """Drafts a row in a step of `num_decodes` decode rows, when nobody asked for a number.
-
-    A verification pays while further tokens are cheap: up to `cheap_tokens` a step, shared by its rows; under more load
-    than that nothing is drafted.
-    """
-    return max(0, min(AUTO_DRAFTS, cheap_tokens // max(1, num_decodes) - 1))
-
-
 def choose_drafts(request: Request, spare: int, *, auto: int, draft_kv: bool) -> DraftChoice:
-    """Drafts for a decode row, which with its draft prefill may take `spare` tokens beside the row's own; `auto` is how
-    many a request gets that asked for no number.
+    """Drafts for a decode row, which with its draft prefill may take `spare` tokens beside the row's own. A request
+    that asked for no number gets `auto`.
 
     Nothing is drafted that could not be emitted, and drafting waits until the draft's KV is caught up.
     """

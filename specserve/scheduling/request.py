@@ -7,6 +7,7 @@ from enum import Enum
 
 from specserve.core.messages import LoraRef, SpeculationStats
 from specserve.core.sampling_params import SamplingParams
+from specserve.scheduling.acceptance import Estimate
 from specserve.scheduling.adapter_slots import SlotWeights
 from specserve.scheduling.flows import Flow
 from specserve_adapters.entry import AdapterUse
@@ -38,6 +39,7 @@ class Request:
     cache_salt: str = ""
     proposer: str | None = None
     num_draft_tokens: int | None = 0  # a step; None: the scheduler's choice
+    estimate: Estimate | None = None  # how likely its drafts are accepted; from its first row on
 
     status: Status = Status.WAITING
     flow: Flow | None = None

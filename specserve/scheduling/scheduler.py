@@ -15,7 +15,9 @@ from specserve.core.messages import ErrorInfo, RequestOutput
 from specserve.core.plan import StepPlan, StepResult
 from specserve.scheduling.adapter_slots import AdapterSlots
 from specserve.scheduling.commit import Committer
-from specserve.scheduling.drafts import auto_drafts, choose_drafts
+from specserve.scheduling.cost_table import CostTable
+from specserve.scheduling.draft_policy import DraftPolicy
+from specserve.scheduling.drafts import choose_drafts
 from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.prefix_cache import root_hash
 from specserve.scheduling.request import Request, Status
@@ -24,7 +26,8 @@ from specserve.scheduling.waiting import WaitingLine
 
 
 class Scheduler:
-    """Owns waiting and running requests. `draft_kv[name]`: whether that proposer keeps KV of its own."""
+    """Owns waiting and running requests. `draft_kv[name]`: whether that proposer keeps KV of its own; `costs`: what
+    steps take; without it, requests that name no number of drafts get none."""
 
     def __init__(
         self,
@@ -34,21 +37,21 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         draft_kv: Mapping[str, bool],
-        cheap_tokens: int = 0,
+        costs: CostTable | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.kv = kv
         self.adapters = adapters
         self.max_num_batched_tokens = max_num_batched_tokens
         self.draft_kv = draft_kv
-        self.cheap_tokens = cheap_tokens
+        self.policy = DraftPolicy(draft_kv, costs)
         self.clock = clock
         self.waiting = WaitingLine(adapters, max_num_seqs, self._fail)
         self.running: list[Request] = []  # in order of admission
         self.requests: dict[str, Request] = {}
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.in_flight: deque[list[InFlightRow]] = deque()
-        self._committer = Committer(kv, adapters, self.waiting, draft_kv)
+        self._committer = Committer(kv, adapters, self.waiting, self.policy, draft_kv)
         self.stats = self._committer.stats
         self._failed: list[RequestOutput] = []
 
@@ -75,18 +78,16 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step's plan; empty when nothing can run now."""
-        decodes = sum(not request.prefilling for request in self.running)
-        draft = StepDraft(
-            budget=self.max_num_batched_tokens,
-            spare=self._spare_tokens(decodes),
-            auto_drafts=auto_drafts(decodes, self.cheap_tokens),
-        )
+        decodes = [request for request in self.running if not request.prefilling]
+        spare = self._spare_tokens(len(decodes))
+        draft = StepDraft(budget=self.max_num_batched_tokens, spare=spare, choice=self.policy.choose(decodes, spare))
         for request in list(self.running):
             if request.status is Status.RUNNING:
                 self._plan_prefill(request, draft) if request.prefilling else self._plan_decode(request, draft)
         self._admit_waiting(draft)
         if draft.rows or draft.loads:
             self.in_flight.append(draft.rows)
+            self.policy.planned(draft.shape())
             self.stats.steps += 1
         return draft.plan(self.stats.steps)
 
@@ -100,7 +101,7 @@ class Scheduler:
         if request.tokens_left <= 0 or draft.budget < 1:
             return
         draft_kv = request.proposer is not None and self.draft_kv[request.proposer]
-        drafts, catch_up = choose_drafts(request, draft.spare, auto=draft.auto_drafts, draft_kv=draft_kv)
+        drafts, catch_up = choose_drafts(request, draft.spare, auto=draft.choice.drafts(request), draft_kv=draft_kv)
         known = request.num_tokens + request.in_flight_bound
         if not self.kv.can_grow(request, min(known + drafts, request.max_total)):
             drafts = 0  # nobody loses blocks to a guess
@@ -174,14 +175,17 @@ class Scheduler:
             request.queue_seconds = self.clock() - request.queued_at
             request.cached_tokens = min(request.num_computed_tokens, request.prompt_len)
             self.stats.prompt_tokens += request.prompt_len
+            self.policy.enter(request, self.adapters.cache_key(request.adapter_uses))
         draft.enter(new_row(request))
         draft.append_blocks(request, 0)
 
     # --- commit -----------------------------------------------------------------------------------------------------
 
-    def commit(self, result: StepResult) -> list[RequestOutput]:
-        """Take the oldest step's result: append tokens, end requests, offer full blocks to the prefix cache."""
+    def commit(self, result: StepResult, milliseconds: float | None = None) -> list[RequestOutput]:
+        """Take the oldest step's result: append tokens, end requests, offer full blocks to the prefix cache.
+        `milliseconds`: from the step before to this one, where nothing but steps came between."""
         outputs = self.take_failed()
+        self.policy.took(milliseconds)
         for entry, row_result in zip(self.in_flight.popleft(), result.rows, strict=True):
             request, output = entry.request, self._committer.commit(entry, row_result)
             if request.status is Status.FINISHED:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from specserve.core.plan import AdapterLoad, BlockAppend, NewRow, PlanRow, StepPlan
+from specserve.scheduling.cost_model import StepShape
+from specserve.scheduling.draft_policy import Choice
 from specserve.scheduling.request import Request
 
 
@@ -19,12 +21,12 @@ class InFlightRow(NamedTuple):
 
 @dataclass(slots=True)
 class StepDraft:
-    """`budget`: tokens left; `spare`: how many of them drafts and draft prefill may take; `auto_drafts`: drafts of a
-    row whose request names no number."""
+    """`budget`: tokens left; `spare`: how many of them drafts and draft prefill may take; `choice`: drafts of rows
+    whose requests name no number."""
 
     budget: int
     spare: int
-    auto_drafts: int
+    choice: Choice = field(default_factory=Choice)
     decodes: list[InFlightRow] = field(default_factory=list)
     prefills: list[InFlightRow] = field(default_factory=list)
     new_rows: list[NewRow] = field(default_factory=list)
@@ -74,6 +76,22 @@ class StepDraft:
         if start < len(request.block_ids):
             assert request.row is not None
             self.blocks.append(BlockAppend(request.row, start, request.block_ids[start:]))
+
+    def shape(self) -> StepShape | None:
+        """What the step's time depends on; None if it holds more than decodes and verifications."""
+        if self.prefills or not self.decodes:
+            return None
+        shape = StepShape(len(self.decodes), len(self.decodes))
+        for _, _, row in self.decodes:
+            if row.proposer is None:
+                continue
+            if row.num_drafts:
+                shape.tokens += row.num_drafts
+                rows, passes = shape.drafting.get(row.proposer, (0, 0))
+                shape.drafting[row.proposer] = (rows + 1, max(passes, row.num_drafts))
+            if row.draft_prefill:
+                shape.catch_up[row.proposer] = shape.catch_up.get(row.proposer, 0) + row.draft_prefill
+        return shape
 
     def plan(self, step_id: int) -> StepPlan:
         return StepPlan(

@@ -98,6 +98,7 @@ class EngineCollector:
         stats = self._engine.stats
         yield from self._gauges(stats)
         yield from self._counters(stats)
+        yield from _speculation(stats)
         yield self._lora_requests()
         yield from adapter_metrics(stats.adapters)
         yield from tier_metrics(stats.adapter_tiers)
@@ -148,6 +149,20 @@ class EngineCollector:
         )
         info.add_metric([str(self._max_loras), _list(names[True]), _list(names[False])], time.time())
         return info
+
+
+def _speculation(stats: EngineStats) -> Iterator[Metric]:
+    """How many tokens the engine chooses to draft, and how well it knows what that costs."""
+    for name, text, value in (
+        ("draft_length", "Drafts a row that the engine chose for its latest step, on average.", stats.draft_length),
+        ("step_cost_ratio", "Time of steps over the time predicted for them.", stats.step_cost_ratio),
+    ):
+        yield GaugeMetricFamily(f"specserve:{name}", text, value=value)
+    for name, text, count in (
+        ("probed_rows", "Rows drafted for only to learn their acceptance.", stats.probed_rows),
+        ("probe_seconds", "Time that such probes took.", stats.probe_seconds),
+    ):
+        yield CounterMetricFamily(f"specserve:{name}", text, value=count)
 
 
 def _list(names: set[str]) -> str:

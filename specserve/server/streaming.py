@@ -137,6 +137,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
             "rounds": spec.rounds,
             "drafted": spec.drafted,
             "accepted": spec.accepted,
+            "drafted_per_position": spec.drafted_per_position,
             "accepted_per_position": spec.accepted_per_position,
         },
     }

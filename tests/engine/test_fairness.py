@@ -12,6 +12,8 @@ from lawbook.fakes import fakes
 from specserve.core.messages import AddRequest, LoraRef
 from specserve.core.sampling_params import NO_SPECULATION, SamplingParams, SpeculationParams
 from specserve.llm import LLM
+from specserve.scheduling.cost_table import CostTable
+from specserve.scheduling.curve import Curve
 
 Open = Callable[..., LLM]
 
@@ -84,8 +86,13 @@ def test_drafts_preempt_nobody(depth: int, open_llm: Open) -> None:
 
 
 def test_load_turns_drafting_off_and_its_end_on_again(open_llm: Open) -> None:
-    """With every row asking for no number of its own; what comes out is the same as without drafts."""
+    """With every row asking for no number of its own; what comes out is the same as without drafts. Steps of more than
+    nine tokens are said to take seconds."""
     llm = open_llm(max_num_seqs=24, num_blocks=24 * 16 + 1)
+    width = Curve([(1, 1000.0), (9, 1000.0), (10, 5000.0), (11, 9000.0)])
+    llm.engine.scheduler.policy.install(
+        CostTable(decode=Curve([(1, 1000.0)]), verify=[(1, width), (24, Curve([(25, 1e5), (26, 2e5)]))])
+    )
     prompts = [[3 + (7 * row + index) % 50 for index in range(5)] for row in range(24)]
     lengths = [8] * 23 + [40]
     asks = [SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length) for length in lengths]

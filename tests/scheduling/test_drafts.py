@@ -1,11 +1,9 @@
-"""How many tokens are drafted: by the request's word, by load, by what fits."""
+"""How many tokens are drafted: by the request's word, by the choice, by what fits."""
 
 from __future__ import annotations
 
-import pytest
-
 from specserve.core.sampling_params import SamplingParams
-from specserve.scheduling.drafts import AUTO_DRAFTS, DraftChoice, auto_drafts, choose_drafts
+from specserve.scheduling.drafts import DraftChoice, choose_drafts
 from specserve.scheduling.request import Request
 
 
@@ -21,14 +19,6 @@ def request(num_draft_tokens: int | None, *, num_tokens: int = 20, draft_compute
         num_draft_tokens=num_draft_tokens,
         num_draft_scheduled_tokens=draft_computed,
     )
-
-
-@pytest.mark.parametrize(
-    ("rows", "drafts"),
-    [(0, AUTO_DRAFTS), (1, AUTO_DRAFTS), (4, AUTO_DRAFTS), (6, 3), (8, 2), (12, 1), (13, 0), (64, 0)],
-)
-def test_load_takes_drafts_away(rows: int, drafts: int) -> None:
-    assert auto_drafts(rows, cheap_tokens=24) == drafts
 
 
 def test_a_request_that_names_a_number_gets_it_under_any_load() -> None:

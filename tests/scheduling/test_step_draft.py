@@ -14,7 +14,7 @@ def new_row(row: int, *token_ids: int) -> NewRow:
 
 
 def test_of_two_tenants_in_one_step_only_the_later_one_is_told() -> None:
-    draft = StepDraft(budget=8, spare=0, auto_drafts=0)
+    draft = StepDraft(budget=8, spare=0)
     earlier, neighbour, later = new_row(2, 1, 2), new_row(0, 3), new_row(2, 4)
     draft.enter(earlier)
     draft.blocks.append(BlockAppend(2, 0, [5, 6, 7]))
@@ -28,7 +28,7 @@ def test_of_two_tenants_in_one_step_only_the_later_one_is_told() -> None:
 
 
 def test_blocks_of_a_row_that_nobody_enters_stay() -> None:
-    draft = StepDraft(budget=8, spare=0, auto_drafts=0)
+    draft = StepDraft(budget=8, spare=0)
     draft.blocks.append(BlockAppend(1, 3, [5]))
     draft.enter(new_row(2, 1))
     assert draft.plan(1).blocks == [BlockAppend(1, 3, [5])]

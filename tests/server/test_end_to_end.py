@@ -114,7 +114,10 @@ def test_seeded_text_does_not_depend_on_speculation(client: openai.OpenAI) -> No
 def test_usage_tells_of_speculation_and_cache(client: openai.OpenAI) -> None:
     prompt = "the quick brown fox jumps over the lazy dog " * 3
     for _ in range(2):
-        answer = client.completions.create(model="base", prompt=prompt, max_tokens=20, temperature=0)
+        answer = client.completions.create(
+            model="base", prompt=prompt, max_tokens=20, temperature=0,
+            extra_body={"speculation": {"num_draft_tokens": 3}},
+        )  # fmt: skip
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(TOKENIZER.encode(prompt))
     assert answer.usage.prompt_tokens_details is not None

@@ -52,6 +52,14 @@ def test_names_and_types(scripted_server: Server) -> None:
     assert 'model_name="base"' in text
 
 
+def test_choice_of_drafts_is_shown(scripted_server: Server) -> None:
+    samples = scrape(scripted_server)
+    assert samples["specserve:draft_length", ""] == 1.5
+    assert samples["specserve:step_cost_ratio", ""] == 1.25
+    assert samples["specserve:probed_rows_total", ""] == 7
+    assert samples["specserve:probe_seconds_total", ""] == 0.5
+
+
 def test_requests_are_counted(scripted_server: Server) -> None:
     before = scrape(scripted_server)
     for _ in range(3):

@@ -38,7 +38,7 @@ def test_completion(client: openai.OpenAI) -> None:
     assert answer.usage.prompt_tokens_details.cached_tokens == 4
     speculation = answer.usage.to_dict()["speculation"]
     assert isinstance(speculation, dict)
-    assert set(speculation) == {"rounds", "drafted", "accepted", "accepted_per_position"}
+    assert set(speculation) == {*("rounds", "drafted", "accepted", "drafted_per_position", "accepted_per_position")}
     assert speculation["drafted"] == 2 * speculation["rounds"]
 
 
@@ -73,6 +73,17 @@ def test_stream_is_the_whole_in_pieces(client: openai.OpenAI) -> None:
     assert texts == [choice.text for choice in whole.choices]
     assert reasons == ["length"] * 4
     assert usage == whole.usage
+
+
+def test_a_chat_tells_of_speculation_streamed_or_not(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "abc"}], "max_tokens": 12}
+    whole = client.chat.completions.create(**fields, seed=3)
+    assert whole.usage is not None
+    speculation: Any = whole.usage.to_dict()["speculation"]
+    assert sum(speculation["drafted_per_position"]) == speculation["drafted"] > 0
+    assert sum(speculation["accepted_per_position"]) == speculation["accepted"]
+    *_, last = client.chat.completions.create(**fields, seed=3, stream=True, stream_options={"include_usage": True})
+    assert last.usage == whole.usage
 
 
 def test_same_seed_same_text(client: openai.OpenAI) -> None:

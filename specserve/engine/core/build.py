@@ -22,11 +22,6 @@ from specserve.speculation.proposer import Proposer
 from specserve.speculation.registry import ProposerRegistry
 from specserve_adapters.manager import AdapterManager
 
-# Tokens that a step verifies at little more cost than its decode rows alone. On a CPU products of a few tokens are
-# already bound by arithmetic: measured with the bundled models, 8 rows of 3 tokens beat 8 of 5 and 8 of 1. On a GPU
-# further tokens are cheap, but drafting them is not while its passes are launched one kernel at a time: measured with
-# an 8B target and a 1B draft, four drafts made every batch size slower, so that nothing is drafted unasked.
-CHEAP_TOKENS = {"cpu": 24, "cuda": 0}
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}  # of a step, where no setting says
 
 
@@ -45,7 +40,6 @@ class Resolved:
     max_num_batched_tokens: int
     pipeline_depth: int
     default_proposer: str | None
-    cheap_tokens: int
 
 
 def check_draft(target: ModelSpec, draft: ModelSpec) -> None:
@@ -101,7 +95,6 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = (),
         num_blocks=num_blocks, max_model_len=max_model_len, max_num_batched_tokens=batched_tokens,
         pipeline_depth=config.pipeline_depth or (1 if device.type == "cpu" else 2),
         default_proposer=default_proposer(config, proposers),
-        cheap_tokens=CHEAP_TOKENS.get(device.type, CHEAP_TOKENS["cuda"]),
     )  # fmt: skip
 
 

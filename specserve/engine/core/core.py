@@ -18,9 +18,12 @@ from specserve.core.messages import AddRequest, EngineStats, Ready, Reply, Reque
 from specserve.core.sampling_params import SamplingParams
 from specserve.engine.core.adapter_calls import AdapterCall, AdapterCalls
 from specserve.engine.core.build import Resolved, build_engine, dtype_name
+from specserve.engine.core.costs import SECONDS, measure_costs
 from specserve.engine.core.listening import Listening
+from specserve.engine.core.step_clock import StepClock
 from specserve.runtime.threads import fastest_thread_count
 from specserve.runtime.ticket import Executor, Ticket
+from specserve.runtime.trials import Trials
 from specserve.scheduling.kv_cache_manager import KVCacheManager
 from specserve.scheduling.request import Request
 from specserve.scheduling.scheduler import Scheduler
@@ -52,10 +55,10 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=built.max_num_batched_tokens,
             draft_kv=built.proposers.keeps_kv(),
-            cheap_tokens=built.cheap_tokens,
         )
         self.executor: Executor = built.runner
         self._tickets: deque[Ticket] = deque()
+        self._clock = StepClock()
         self._done: list[RequestOutput] = []  # ended without a step
         self._calls = AdapterCalls(built.adapters)
         self._listening = Listening(built.proposers)
@@ -87,7 +90,10 @@ class EngineCore:
             time.sleep(IDLE_SECONDS)
         may_stay = 0 if plan.empty else self._depth - 1  # several leave at once when a host proposer comes in
         while len(self._tickets) > may_stay:
-            outputs += self.scheduler.commit(self._tickets.popleft().result())
+            result = self._tickets.popleft().result()
+            outputs += self.scheduler.commit(result, self._clock.ended())
+        if plan.empty or not self.scheduler.has_work:
+            self._clock.idle()
         self._listening.note(outputs)
         if self.config.check_integrity:
             self.check_integrity()
@@ -138,8 +144,27 @@ class EngineCore:
         if added.num_tokens >= added.max_total:  # resumed at its very end
             self._done.append(RequestOutput(request_id=request.request_id, finish_reason="length"))
             return
+        if drafts is None:
+            self.measure_costs()
         self.scheduler.add(added)
         self._listening.add(added)
+
+    def measure_costs(self) -> None:
+        """Find out what steps take, if that is not known and nothing runs; without it nothing is drafted unasked. A
+        server does so when it starts, others when the first request comes that leaves the number of drafts to us."""
+        built, policy = self.built, self.scheduler.policy
+        if policy.model is not None or self.scheduler.has_work:
+            return
+        trials = Trials(
+            built.runner, max_model_len=built.max_model_len, depth=built.pipeline_depth,
+            seconds=SECONDS.get(built.device.type, SECONDS["cuda"]),
+        )  # fmt: skip
+        table = measure_costs(
+            trials, max_rows=self.config.max_num_seqs, max_tokens=built.max_num_batched_tokens,
+            proposers=built.proposers.names,
+        )  # fmt: skip
+        if table is not None:
+            policy.install(table)
 
     def _resolve_params(self, params: SamplingParams, room: int) -> SamplingParams:
         params.validate(self.built.spec.vocab_size)
@@ -194,7 +219,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Of adapters what changed since the last call."""
-        counted = self.scheduler.stats
+        counted, policy = self.scheduler.stats, self.scheduler.policy
         adapters, removed = self.adapters.changed()
         return EngineStats(
             num_running=len(self.scheduler.running),
@@ -211,6 +236,10 @@ class EngineCore:
             num_draft_tokens=counted.drafted,
             num_accepted_tokens=counted.accepted,
             accepted_per_pos=list(counted.accepted_per_pos),
+            draft_length=policy.mean_drafts,
+            step_cost_ratio=policy.model.ratio if policy.model is not None else 1.0,
+            probed_rows=policy.probing.probes,
+            probe_seconds=policy.probing.spent / 1000.0,
             adapters=adapters,
             removed_adapters=removed,
             adapter_tiers=self.adapters.stats(),
@@ -234,6 +263,8 @@ def make_core(config: EngineConfig) -> EngineCore:
         runner = core.built.runner
         probe = partial(runner.trial_step, 1, PROBE_TOKENS)
         torch.set_num_threads(fastest_thread_count(probe, torch.get_num_threads()))
+    if config.num_draft_tokens is None:
+        core.measure_costs()
     return core
 
 

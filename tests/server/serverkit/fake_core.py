@@ -128,6 +128,10 @@ class ScriptedCore:
             steps=self._steps,
             generation_tokens=self._tokens,
             accepted_per_pos=[3, 1],
+            draft_length=1.5,
+            step_cost_ratio=1.25,
+            probed_rows=7,
+            probe_seconds=0.5,
             adapters=changed,
             removed_adapters=removed,
             adapter_tiers=AdapterTierStats(host_bytes=1000 * len(self._adapters), max_host_bytes=10**6, slots=8),
@@ -152,6 +156,9 @@ class ScriptedCore:
         entry.stats.rounds += 1
         entry.stats.drafted += 2
         entry.stats.accepted += count - 1
+        entry.stats.drafted_per_position = [entry.stats.rounds] * 2
+        before = entry.stats.accepted_per_position or [0, 0]
+        entry.stats.accepted_per_position = [before[0] + (count > 1), before[1] + (count > 2)]
         output = RequestOutput(request_id=request.request_id, token_ids=tokens, cached_tokens=4, queue_seconds=0.0)
         if request.params.logprobs is not None:
             output.logprobs = [scripted_logprobs(token, request.params.logprobs) for token in tokens]

@@ -1,0 +1,213 @@
+"""DraftPolicy: what the scheduler asks, once a step, about how many tokens each decode row drafts.
+
+It brings together what a step costs (cost_table.py, corrected by the steps that ran), how likely drafts are accepted
+(acceptance.py), the choice between the two (draft_choice.py), and a little probing. The choice depends on what earlier
+steps gave, never on what this one drafts, so verification stays exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+from specserve.scheduling.acceptance import Acceptance, AcceptanceKey, Estimate, profile_of
+from specserve.scheduling.cost_model import CostModel, StepShape
+from specserve.scheduling.cost_table import CostTable
+from specserve.scheduling.draft_choice import Group, Lengths, StepCosts, best_lengths, evaluate
+from specserve.scheduling.drafts import draft_gap
+from specserve.scheduling.probing import PROBE_DRAFTS, Probing
+from specserve.scheduling.request import Request
+
+HOPEFUL = profile_of(0.95)  # where not even this is worth drafting, nothing is to be learnt by a probe
+CONTROL_AFTER = 500  # steps with drafts, until one without tells again what such a step costs
+HORIZON = 512  # tokens that an answer may be expected to go on for; one that is longer, as long again
+MAX_KEPT = 256
+
+
+@dataclass(slots=True)
+class Choice:
+    """One step's: drafts by key, and of which rows this is not true: those that are probed, and those that would have
+    to catch up more of the draft's KV than their drafts are worth."""
+
+    lengths: dict[Estimate, int] = field(default_factory=dict)
+    probed: Collection[Request] = ()
+    behind: Collection[Request] = ()
+
+    def drafts(self, request: Request) -> int:
+        """For a request that asked for no number."""
+        if request in self.probed:
+            return PROBE_DRAFTS
+        if request.estimate is None or request in self.behind:
+            return 0
+        return self.lengths.get(request.estimate, 0)
+
+
+NO_CHOICE = Choice()
+
+
+class DraftPolicy:
+    """Without a `table` nothing is drafted unasked. `draft_kv[name]`: whether that proposer keeps KV of its own."""
+
+    def __init__(self, draft_kv: Mapping[str, bool], table: CostTable | None = None) -> None:
+        self.acceptance = Acceptance()
+        self.probing = Probing(draft_kv)
+        self.model: CostModel | None = None
+        self.mean_drafts = 0.0  # of the rows that asked for no number, in the last step that had any
+        self._draft_kv = draft_kv
+        self._shapes: deque[StepShape | None] = deque()  # of steps in flight
+        self._kept: dict[tuple[object, ...], Lengths] = {}
+        self._kept_version = -1
+        if table is not None:
+            self.install(table)
+
+    def install(self, table: CostTable) -> None:
+        """From now on the engine chooses by this table."""
+        self.model = CostModel(table)
+        self._kept.clear()
+
+    def enter(self, request: Request, adapters: Sequence[tuple[str, float]]) -> None:
+        """A request takes a row: find what is known of its like."""
+        if request.proposer is not None:
+            method = "greedy" if request.params.greedy else request.params.method
+            request.estimate = self.acceptance.get(AcceptanceKey(tuple(adapters), method, request.proposer))
+
+    def note(self, request: Request, planned: int, accepted: int) -> None:
+        """One round of a row came back."""
+        if request.estimate is not None:
+            self.acceptance.note(request.estimate, planned, accepted)
+
+    # --- the choice -------------------------------------------------------------------------------------------------
+
+    def choose(self, decodes: Sequence[Request], spare: int) -> Choice:
+        """Drafts for a step of these rows, which together may take `spare` tokens beside their own."""
+        free = [request for request in decodes if request.num_draft_tokens is None and request.tokens_left > 1]
+        counts = _counted(free)
+        if self.model is None or not counts:
+            return NO_CHOICE
+        costs = self.model.costs(len(decodes), spare, _forced(decodes))
+        found = self._best(counts, costs)
+        behind: set[Request] = set()
+        if any(found.drafts):
+            behind = self._behind(free, counts, found, costs)
+            if behind:
+                counts = _counted([request for request in free if request not in behind])
+                found = self._best(counts, costs)
+        probed: Sequence[Request] = ()
+        if self._is_control(counts, found, costs):
+            found = found._replace(drafts=(0,) * len(counts))
+        elif (behind or not all(found.drafts)) and self._hopeful(free, costs):
+            lengths = dict(zip(counts, found.drafts, strict=True))
+            idle = [request for request in free if not lengths.get(cast(Estimate, request.estimate))]
+            probed = self.probing.pick(idle, partial(self._price, counts, found, costs))
+        drafted = sum(rows * drafts for rows, drafts in zip(counts.values(), found.drafts, strict=True))
+        self.mean_drafts = drafted / len(free)
+        return Choice(dict(zip(counts, found.drafts, strict=True)), frozenset(probed), behind)
+
+    def _best(self, counts: Mapping[Estimate, int], costs: StepCosts) -> Lengths:
+        """The choice; steps repeat, and so does it."""
+        return self._best_of(_groups(counts), costs)
+
+    def _best_of(self, groups: Sequence[Group], costs: StepCosts) -> Lengths:
+        assert self.model is not None
+        if self.model.version != self._kept_version or len(self._kept) >= MAX_KEPT:
+            self._kept.clear()
+            self._kept_version = self.model.version
+        key = (*groups, costs.rows, len(costs.target), costs.forced_worth, *costs.forced.items())
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = best_lengths(groups, costs)
+        return found
+
+    def _behind(
+        self, free: Sequence[Request], counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts
+    ) -> set[Request]:
+        """Rows whose draft prefill would take longer than drafting saves over the tokens that they have left."""
+        assert self.model is not None
+        none = evaluate(_groups(counts), (0,) * len(counts), costs)
+        saved = none.milliseconds / none.worth - found.milliseconds / found.worth  # a token
+        per_token = {name: self.model.catch_up_per_token(name) for name, keeps in self._draft_kv.items() if keeps}
+        behind = set()
+        for request in free:
+            assert request.proposer is not None
+            price = per_token.get(request.proposer)
+            expected = min(request.tokens_left, max(HORIZON, request.num_output_tokens))
+            if price and draft_gap(request) * price > saved * expected:
+                behind.add(request)
+        return behind
+
+    # --- learning on purpose ----------------------------------------------------------------------------------------
+
+    def _hopeful(self, free: Sequence[Request], costs: StepCosts) -> bool:
+        """Whether there could be an acceptance at which these rows draft."""
+        rows: dict[str, int] = {}
+        for request in free:
+            assert request.proposer is not None
+            rows[request.proposer] = rows.get(request.proposer, 0) + 1
+        return any(self._best_of([Group(name, HOPEFUL, count) for name, count in rows.items()], costs).drafts)
+
+    def _price(
+        self,
+        counts: Mapping[Estimate, int],
+        found: Lengths,
+        costs: StepCosts,
+        rows: Mapping[str, int],
+        gaps: Mapping[str, int],
+    ) -> float:
+        """Milliseconds that probing so many rows of each proposer takes, with `gaps` tokens of draft prefill."""
+        assert self.model is not None
+        if sum(rows.values()) * PROBE_DRAFTS + costs.forced_tokens >= len(costs.target):
+            return math.inf
+        probes = [Group(name, HOPEFUL, count) for name, count in rows.items()]
+        drafts = (*found.drafts, *[min(PROBE_DRAFTS, costs.max_drafts)] * len(probes))
+        longer = evaluate([*_groups(counts), *probes], drafts, costs).milliseconds - found.milliseconds
+        return longer + sum(self.model.table.catch_up(name, tokens) for name, tokens in gaps.items())
+
+    def _is_control(self, counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts) -> bool:
+        """Whether this step does without drafts, so that it is known what that costs."""
+        assert self.model is not None
+        if not any(found.drafts) or costs.forced or self.model.steps_unseen(costs.rows, 0) < CONTROL_AFTER:
+            return False
+        none = evaluate(_groups(counts), (0,) * len(counts), costs)
+        return self.probing.buy(none.milliseconds - none.worth * found.milliseconds / found.worth)
+
+    # --- what steps take --------------------------------------------------------------------------------------------
+
+    def planned(self, shape: StepShape | None) -> None:
+        """A step was planned; None: it is not one that the table describes."""
+        self._shapes.append(shape)
+
+    def took(self, milliseconds: float | None) -> None:
+        """The oldest planned step is over and took so long (None: not known)."""
+        shape = self._shapes.popleft()
+        if milliseconds is None:
+            return
+        self.probing.earn(milliseconds)
+        if shape is not None and self.model is not None:
+            self.model.observe(shape, milliseconds)
+
+
+def _counted(requests: Iterable[Request]) -> dict[Estimate, int]:
+    """Rows by key."""
+    counts: dict[Estimate, int] = {}
+    for request in requests:
+        if request.estimate is not None:
+            counts[request.estimate] = counts.get(request.estimate, 0) + 1
+    return counts
+
+
+def _groups(counts: Mapping[Estimate, int]) -> list[Group]:
+    return [Group(estimate.key.proposer, estimate.refresh(), rows) for estimate, rows in counts.items()]
+
+
+def _forced(decodes: Iterable[Request]) -> list[tuple[Group, int]]:
+    """Rows that asked for a number, and the number."""
+    counts: dict[tuple[Estimate, int], int] = {}
+    for request in decodes:
+        if request.estimate is not None and request.num_draft_tokens:
+            key = (request.estimate, request.num_draft_tokens)
+            counts[key] = counts.get(key, 0) + 1
+    return [(Group(key.key.proposer, key.refresh(), rows), drafts) for (key, drafts), rows in counts.items()]

@@ -1,0 +1,140 @@
+"""How many tokens are drafted, in an engine whose drafts are accepted by chance and whose clock is a cost table: near
+the best fixed number, wherever that is, and soon there again when the text changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from schedkit.simulation import ROWS, Simulation, fixed_rate, gpu_like
+from specserve.scheduling.cost_table import MAX_AUTO_DRAFTS, MAX_POSITIONS, CostTable
+from specserve.scheduling.curve import Curve
+from specserve.scheduling.probing import SHARE
+
+WARM = {1: 400, 8: 300, 32: 200, 128: 120}  # steps
+STEPS = {1: 1500, 8: 500, 32: 300, 128: 120}
+SMALL = 2.0  # milliseconds of a target's step beside which drafting is dear
+
+
+def best_rate(costs: CostTable, rows: dict[float, int]) -> float:
+    most = min(MAX_AUTO_DRAFTS, MAX_POSITIONS // sum(rows.values()) - 1)
+    return max(fixed_rate(costs, rows, drafts) for drafts in range(most + 1))
+
+
+def dearer(costs: CostTable, times: float) -> CostTable:
+    """The same with drafting that takes `times` as long."""
+    draft = costs.drafting["draft"]
+    first, further = (Curve((n, times * curve(n)) for n in ROWS) for curve in (draft.first, draft.further))
+    return replace(costs, drafting={"draft": replace(draft, first=first, further=further)})
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("rows", [1, 8, 32, 128])
+def test_steady_acceptance_reaches_the_best_fixed_number(rows: int, alpha: float) -> None:
+    costs = gpu_like()
+    run = Simulation(costs, {"x": alpha}, noise=0.03)
+    run.add("x", rows)
+    run.run(WARM[rows])
+    assert run.rate(STEPS[rows]) >= 0.97 * best_rate(costs, {alpha: rows})
+    assert run.changes("x", STEPS[rows]) <= 6 * STEPS[rows] / 100
+    assert run.scheduler.policy.probing.spent <= SHARE * run.milliseconds
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_rise_while_drafting_is_followed_within_200_tokens(seed: int) -> None:
+    costs = gpu_like()
+    run = Simulation(costs, {"x": 0.3}, seed=seed)
+    run.add("x")
+    run.run(800)
+    assert run.chosen[-1]["x"] in (1, 2)
+    run.alphas["x"], tokens = 0.8, run.by_adapter["x"]
+    while run.by_adapter["x"] < tokens + 200:
+        run.step()
+    assert fixed_rate(costs, {0.8: 1}, run.chosen[-1]["x"]) >= 0.95 * best_rate(costs, {0.8: 1})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rise_without_drafts_is_found_by_at_most_32_probed_rows(seed: int) -> None:
+    costs = gpu_like(base=SMALL)
+    run = Simulation(costs, {"x": 0.3}, seed=seed)
+    for extra in range(8):
+        run.add("x", total=400 + 10 * extra)
+    run.run(1500)
+    assert run.chosen[-1]["x"] == 0 and best_rate(costs, {0.3: 8}) == fixed_rate(costs, {0.3: 8}, 0)
+    probing = run.scheduler.policy.probing
+    run.alphas["x"], probes = 0.8, probing.probes
+    while probing.probes < probes + 32 and not run.chosen[-1]["x"]:
+        run.step()
+    run.run(20)
+    assert probing.probes <= probes + 32
+    assert fixed_rate(costs, {0.8: 8}, max(step["x"] for step in run.chosen[-5:])) >= 0.95 * best_rate(costs, {0.8: 8})
+
+
+def test_probing_takes_half_a_percent_of_the_time_at_most() -> None:
+    """Measured by what steps with drafts really took longer, not by what the policy thinks."""
+    costs = gpu_like(base=SMALL)
+    run = Simulation(costs, {"x": 0.2})
+    run.add("x", 8, total=400)
+    run.run(1000)
+    begin, spent, plain = run.milliseconds, 0.0, costs.decode(8)
+    probes = run.scheduler.policy.probing.probes
+    for _ in range(6000):
+        before = run.milliseconds
+        run.step()
+        if all(row.start is None for row in run.last.rows):
+            spent += max(0.0, run.milliseconds - before - plain)
+    assert run.scheduler.policy.probing.probes - probes >= 10
+    assert spent <= 1.05 * SHARE * (run.milliseconds - begin)
+
+
+def test_mixed_adapters_draft_differently_and_beat_any_one_number() -> None:
+    costs = gpu_like()
+    run = Simulation(costs, {"low": 0.3, "high": 0.9})
+    run.add("low", 16)
+    run.add("high", 16)
+    run.run(300)
+    rate = run.rate(400)
+    assert run.chosen[-1]["high"] >= run.chosen[-1]["low"] + 3
+    assert rate >= 1.03 * best_rate(costs, {0.3: 16, 0.9: 16})
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_flood_ends_drafting(depth: int) -> None:
+    run = Simulation(gpu_like(), {"x": 0.8}, depth=depth)
+    run.add("x", 4)
+    assert run.run(100).chosen[-1]["x"] >= 3
+    run.add("x", 252)
+    assert [step["x"] for step in run.run(30).chosen[-20:]] == [0] * 20
+
+
+@pytest.mark.parametrize("times", [0.25, 4.0])
+@pytest.mark.parametrize("alpha", [0.3, 0.7])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_step_times_correct_a_wrong_table(rows: int, alpha: float, times: float) -> None:
+    told = gpu_like()
+    costs = dearer(told, times)
+    run = Simulation(costs, {"x": alpha}, told=told, noise=0.03)
+    run.add("x", rows)
+    run.run(2500)
+    assert run.rate(1000) >= 0.96 * best_rate(costs, {alpha: rows})
+
+
+def test_requests_that_name_a_number_get_it_beside_others() -> None:
+    run = Simulation(gpu_like(), {"asked": 0.1, "none": 0.9, "free": 0.9})
+    run.add("asked", 2, drafts=5)
+    run.add("none", 2, drafts=0)
+    run.add("free", 2)
+    chosen = run.run(100).chosen[-1]
+    assert chosen["asked"] == 5 and chosen["none"] == 0 and chosen["free"] >= 4
+
+
+def test_draft_prefill_that_costs_more_than_it_saves_is_left() -> None:
+    """A short answer at the end of a long prompt."""
+    run = Simulation(gpu_like(), {"x": 0.9}, prompt=8000)
+    run.add("x", total=8000 + 8)
+    run.run(6)
+    assert all(step.get("x", 0) == 0 for step in run.chosen)
+    run = Simulation(gpu_like(), {"x": 0.9}, prompt=8000)
+    run.add("x", total=8000 + 800)
+    assert run.run(6).chosen[-1]["x"] >= 4
