@@ -59,12 +59,13 @@ def resolve_quantization(
 def int8_share(inputs: int, outputs: int, clock: Clock = time.perf_counter) -> float:
     """Time of int8 products of a draft's decode steps, as a share of float32's, on this CPU as it is now."""
     seconds = {"none": 0.0, "int8": 0.0}
-    weight = torch.randn(outputs, inputs)
+    own = torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
+    weight = torch.randn(outputs, inputs, generator=own)
     for name in seconds:
         storage = STORAGES[name](inputs, (outputs,), bias=False, dtype=torch.float32, device=weight.device)
         storage.parameters()[0]["weight"].load(weight)
         for rows in ROWS:
-            x = torch.randn(rows, inputs)
+            x = torch.randn(rows, inputs, generator=own)
             storage.matmul(x)
             seconds[name] += min(_seconds(lambda s=storage, x=x: s.matmul(x), clock) for _ in range(RUNS))  # type: ignore[misc]
     return seconds["int8"] / seconds["none"]

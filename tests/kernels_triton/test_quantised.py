@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from specserve.layers.quantised import QuantisedStorage
+from specserve.layers.storage import DenseStorage
+from specserve_kernels import dispatch
 from specserve_kernels.skinny.codes import Coded, Kind, decode_ref, decode_triton, empty_coded, encode
 from specserve_kernels.skinny.linear import skinny_linear_ref
 from specserve_kernels.skinny.quantised import quantised_one_row_triton
 from specserve_kernels.skinny.quantised_rows import choose_cut, quantised_rows_triton
-from specserve_kernels.tolerances import OP
+from specserve_kernels.tolerances import MODEL, OP
 
 VARIANTS = [(False, False, False), (True, False, False), (False, True, False), (False, True, True), (True, True, False)]
 KINDS: tuple[Kind, ...] = ("fp8", "int8")
@@ -84,3 +89,38 @@ def test_float32(device: torch.device) -> None:
     expected = (x.double() @ decode_ref(weight, torch.float64).t()).float()
     rtol, atol = OP[torch.float32]
     torch.testing.assert_close(quantised_rows_triton(x, weight), expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_storage_multiplies_as_a_plain_one_of_the_decoded_weights(
+    kind: Kind, bias: bool, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way in which layers call it, through the kernels."""
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", dispatch.TRITON_DEVICES | {device.type})
+    torch.manual_seed(4)
+    dtype, widths = torch.bfloat16, (40, 40)
+    settings: dict[str, Any] = {"bias": bias, "dtype": dtype, "device": device}
+    quantised, plain = QuantisedStorage(kind, 144, widths, **settings), DenseStorage(144, widths, **settings)
+    for coded_part, part in zip(quantised.parameters(), plain.parameters(), strict=True):
+        weight = made(40, 144, dtype=torch.float32, device=device)
+        coded_part["weight"].load(weight)
+        codes, scales = coded_part["weight"].destination, coded_part["weight"].scales
+        assert scales is not None
+        part["weight"].load(decode_ref(Coded(codes, scales), torch.float32))
+        if bias:
+            values = made(40, dtype=dtype, device=device)
+            coded_part["bias"].load(values)
+            part["bias"].load(values)
+    x, y = made(rows, 144, dtype=dtype, device=device), made(rows, 80, dtype=dtype, device=device)
+    norm = (made(144, dtype=dtype, device=device), torch.tensor(1e-5, device=device))
+
+    def results(storage: DenseStorage | QuantisedStorage) -> list[torch.Tensor]:
+        onto = y.clone()
+        storage.add_matmul(onto, x)
+        return [storage.matmul(x), storage.matmul(x, norm), storage.matmul(x, norm, gated=True), onto]
+
+    rtol, atol = MODEL[dtype]  # the plain weights are rounded once more
+    for got, expected in zip(results(quantised), results(plain), strict=True):
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
