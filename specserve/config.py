@@ -28,7 +28,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     draft_model: str | None = None
     num_draft_tokens: int | None = None  # None: auto
     speculation_method: Literal["auto", "rejection", "coupled"] = "auto"
-    proposer: str | None = None  # default: draft_model where there is one, else none
+    proposer: str | None = None  # one name or "first+second"; default: draft_model where there is one, else none
     dtype: Dtype = "auto"
     quantization: Quantization = "none"  # of the model's weights, while they are loaded
     draft_quantization: AutoQuantization = "auto"  # of the draft model's

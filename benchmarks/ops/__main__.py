@@ -23,6 +23,7 @@ from benchmarks.ops import (
     attention_decode,
     attention_prefill,
     lora,
+    ngram,
     norm,
     qkv,
     quantised,
@@ -49,6 +50,7 @@ OPS: Mapping[str, Cases] = MappingProxyType(
         "top_k_top_p": top_k_top_p.cases,
         "rejection": rejection.cases,
         "lora": lora.cases,
+        "ngram": ngram.cases,
     }
 )
 LIMIT = OP[torch.bfloat16][0]

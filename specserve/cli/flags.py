@@ -15,7 +15,7 @@ ENGINE_HELP = {
     "draft_model": "a smaller model with the same tokenizer, which drafts what the model then verifies",
     "num_draft_tokens": "tokens drafted a step; auto lets the engine choose",
     "speculation_method": "how drafts are verified; auto: coupled for requests with a seed, rejection for others",
-    "proposer": "who drafts; default: the draft model where there is one",
+    "proposer": "who drafts: draft_model, ngram, suffix, or two as suffix+draft_model; default: the draft model if any",
     "dtype": "of weights and cache; auto: the model's own",
     "quantization": "of the model's weights, done while loading: one byte each",
     "draft_quantization": "of the draft model's; auto: fp8 on GPUs that have it, int8 on a CPU where it is faster",

@@ -18,7 +18,8 @@ class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """A request's own word on speculation; None leaves the choice to the engine.
 
     `num_draft_tokens`: drafts a step, 0 turns drafting off. `method`: "rejection" (Leviathan et al. 2023) or
-    "coupled" (Daliri, Musco, Suresh 2024). `proposer`: a registered proposer's name.
+    "coupled" (Daliri, Musco, Suresh 2024). `proposer`: a registered proposer's name, or two of
+    them, "ngram+draft_model".
     """
 
     num_draft_tokens: int | None = None

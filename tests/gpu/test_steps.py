@@ -89,6 +89,8 @@ SPECULATION = {
     "draft_model": SpeculationParams(num_draft_tokens=3, proposer="draft_model"),
     "ngram": SpeculationParams(num_draft_tokens=3, proposer="ngram"),
     "rejection": SpeculationParams(num_draft_tokens=2, proposer="draft_model", method="rejection"),
+    "suffix": SpeculationParams(num_draft_tokens=3, proposer="suffix"),
+    "ngram+draft_model": SpeculationParams(num_draft_tokens=2, proposer="ngram+draft_model", method="rejection"),
 }
 
 
