@@ -76,7 +76,8 @@ def _decode_kernel(
     parts = tl.load(record + 5, volatile=True)
     first_item = tl.load(record + 6, volatile=True)
     if end == 0:
-        wait(PDL)
+        if item == 0:  # a kernel ends after those before it, also if there is nothing to do
+            wait(PDL)
         return
     table = block_tables + table_row.to(tl.int64) * table_stride
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
