@@ -75,6 +75,8 @@ def p_value(sequences: Sequence[tuple[int, ...]], expected: Tensor) -> float:
         pytest.param("near_draft", 1, marks=pytest.mark.laws_full),
         pytest.param("random", 2, marks=pytest.mark.laws_full),
         pytest.param("ngram", 2, marks=pytest.mark.laws_full),
+        pytest.param("suffix", 1, marks=pytest.mark.laws_full),
+        pytest.param("ngram+near_draft", 2, marks=pytest.mark.laws_full),
     ],
 )
 def test_samples_are_the_targets(proposer: str, method: str, depth: int, markov: Zoo) -> None:
@@ -85,7 +87,7 @@ def test_samples_are_the_targets(proposer: str, method: str, depth: int, markov:
         ))
         for index in range(NUM_REQUESTS)
     ]  # fmt: skip
-    draft = "near" if proposer == "near_draft" else None
+    draft = "near" if proposer.endswith("near_draft") else None
     llm = open_engine(
         markov, draft=draft, pipeline_depth=depth, max_num_seqs=250, max_model_len=104, num_blocks=4000,
         max_num_batched_tokens=4096, check_integrity=False,
