@@ -49,6 +49,7 @@ RESULTS = HERE / "results" / "real-text.jsonl"
 NUM_DRAFTS = 4
 AT_ONCE = 8  # requests in a batch
 TEMPERATURE = 0.8
+LEARNING_RATE = 3e-3  # of companions
 BASE = "python"  # the row of the base model without adapters
 Drafters = dict[str, str | None]  # who drafts → the adapter's name in the engine
 
@@ -125,7 +126,8 @@ def companion(run: Run, domain: str) -> Report:
     settings = DistillSettings(
         name=domain, adapter=str(run.adapter(domain)), prompts=str(prompts), model=str(run.target),
         draft_model=str(run.draft), samples=scale.samples, max_new_tokens=scale.new_tokens, temperature=TEMPERATURE,
-        rank=scale.rank, steps=scale.distill_steps, batch_size=scale.distill_batch, device=run.device, force=True,
+        rank=scale.rank, steps=scale.distill_steps, batch_size=scale.distill_batch, learning_rate=LEARNING_RATE,
+        device=run.device, force=True,
     )  # fmt: skip
     report = distill(settings)
     print(report.text(), flush=True)

@@ -55,8 +55,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return [
             *lines,
             f"Drafts would be accepted less often than before ({self.gain:+.1%}), so nothing was changed. More texts "
-            "(--samples) or steps (--steps) may help, or prompts like those served (--prompts); texts are kept in "
-            f"{self.work}. --force stores it as it is.",
+            "(--samples), more --steps, another --learning-rate or prompts like those served (--prompts) may help; "
+            f"texts are kept in {self.work}. --force stores it as it is.",
         ]
 
 
