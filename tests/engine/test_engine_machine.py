@@ -73,7 +73,9 @@ class EngineMachine(RuleBasedStateMachine):
         prompt=st.integers(0, len(PROMPTS) - 1), kind=st.integers(0, len(KINDS) - 1), answer=st.integers(5, ANSWER),
         lora=st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from([1.0, 0.5])), max_size=2),
         drafts=st.sampled_from([0, 1, 4, 64]), resumed=st.integers(0, 6),
-        proposer=st.sampled_from(["draft_model", "draft_model", "ngram", "random", "wrong"]),
+        proposer=st.sampled_from(
+            ["draft_model", "ngram", "suffix", "ngram+draft_model", "suffix+draft_model", "random", "wrong"]
+        ),
     )  # fmt: skip
     def add(
         self,
