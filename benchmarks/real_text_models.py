@@ -59,7 +59,7 @@ GPU = Scale(
         "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
         "head_dim": 64, "intermediate_size": 1408,
     },
-    rank=16, rows=64, adapter_rows=32, steps=100_000, corpus=1.0, samples=1024, distill_steps=400, distill_batch=32,
+    rank=16, rows=32, adapter_rows=16, steps=100_000, corpus=1.0, samples=1024, distill_steps=400, distill_batch=32,
     prompts=32, prompt_tokens=128, new_tokens=192,
 )  # fmt: skip
 TINY = Scale(
