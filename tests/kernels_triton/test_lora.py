@@ -100,8 +100,9 @@ def test_mixed_batches(tokens: int, dtype: torch.dtype, device: torch.device) ->
 
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a prefill takes, with fewer tokens."""
+    """What long prefills take, with fewer tokens."""
     monkeypatch.setattr(lora_shrink, "FEW_TOKENS", 0)
+    monkeypatch.setattr(lora_grouped, "_SOME_TOKENS", 0)
     cached = (lora_shrink.shrink_cut, lora_grouped._column_constants, lora_grouped._rotate_constants)
     for function in cached:
         function.cache_clear()
@@ -185,6 +186,22 @@ def test_many_adapters(device: torch.device) -> None:
     x, y = (randn(count + 130, 16, dtype=torch.float32, device=device, seed=seed) for seed in (0, 1))
     want = oracle(x, y, linear, mix)
     mix.lora([linear], 256).update(0, x).add_to(y)
+    close(y, want)
+
+
+def test_decodes_among_a_prompt(device: torch.device) -> None:
+    """Tiles of as many adapters as tokens beside tiles of one: the first ranks are taken apart from the others."""
+    count, total, dtype = 50, 270, torch.bfloat16
+    ranks = [1 + slot % 8 for slot in range(count)]
+    token_rows = torch.cat([torch.arange(count), torch.full((total - count,), 7)]).to(device)
+    row_slots = torch.arange(count, device=device)[:, None]
+    weights = torch.linspace(0.5, 1.5, count, device=device)[:, None]
+    mix = Mix(token_rows, row_slots, weights, torch.tensor(ranks, device=device))
+    linear = factors(16, (16, 16), dtype, device, ranks, 16)
+    x, y = (randn(total, width, dtype=dtype, device=device) for width in (16, 32))
+    want = oracle(x, y, linear, mix)
+    close(mix.lora([linear], 8).update(0, x).silu_mul(y.clone()), silu_mul_ref(want))
+    mix.lora([linear], 8).update(0, x).add_to(y)
     close(y, want)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora
-from specserve_kernels.skinny.hopper import skinny_linear_hopper, takes
+from specserve_kernels.skinny.hopper import choose_cut, skinny_linear_hopper, takes
 from specserve_kernels.skinny.linear import skinny_linear, skinny_linear_ref, skinny_linear_triton, takes_lora
 from specserve_kernels.tolerances import OP
 
@@ -117,7 +117,8 @@ def test_adapters_within_the_product_on_hopper(
         alone[row] = row_slots[row]
         assert torch.equal(product(alone)[row], got[row])
     base = None if residual is None else residual.clone()
-    base = skinny_linear_hopper(x, weight, base, bool(gated), arrivals)
+    cut = choose_cut(rows, sum(widths) // (2 if gated else 1), 2120, bool(gated), adapters=True)
+    base = skinny_linear_hopper(x, weight, base, bool(gated), arrivals, cut)
     assert torch.equal(product(torch.full_like(row_slots, -1)), base)
 
 

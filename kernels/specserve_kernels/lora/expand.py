@@ -59,14 +59,15 @@ def _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANK
 @triton.jit
 def _delta(shrunk, factors, s, b, token_slots, blocks, count, tile, part, column, inside, rank_stride, s_stride,
            b_stride, M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
-           DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first."""
+           WIDE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first RANKS ranks. A tile with more has
+    many, of decodes among a prompt's: these are taken WIDE at a time."""
     total = tl.dot(shrunk, factors, input_precision=PRECISION)
-    for done in tl.range(RANKS // 16, count, RANKS // 16, num_stages=3 if DENSE else 1):
-        more = _shrunk(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS,
+    for done in tl.range(RANKS // 16, count, WIDE // 16, num_stages=3 if DENSE else 1):
+        more = _shrunk(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE, PARTS, WIDE,
                        DENSE)  # fmt: skip
-        factors = _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS, FACTOR)
-        total = tl.dot(more, factors, total, input_precision=PRECISION)
+        more_factors = _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, WIDE, FACTOR)
+        total = tl.dot(more, more_factors, total, input_precision=PRECISION)
     return total
 
 
@@ -89,7 +90,8 @@ def add_kernel(
     y, b, s, token_slots, counts, blocks,
     w0, w1, w2, w3, num_tokens, most, rank_stride, s_stride, b_stride, y_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    LOOPS: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    LOOPS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y += Δ: a tile and LOOPS times COLUMNS columns of one part a program."""
     tile = tl.program_id(1)
@@ -112,7 +114,7 @@ def add_kernel(
         next_factors = _factors(b, blocks, count, 0, start + next_c, (next_c < width) & (loop + 1 < LOOPS),
                                 rank_stride, b_stride, RANKS, FACTOR)  # fmt: skip
         delta = _delta(shrunk, factors, s, b, token_slots, blocks, count, tile, part, start + c, c < width, rank_stride,
-                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         tl.store(at, (base.to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
         at, c, inside, base, factors = at + COLUMNS, next_c, next_inside, next_base, next_factors
 
@@ -123,7 +125,8 @@ def silu_kernel(
     y, b, s, out, token_slots, counts, blocks,
     size, num_tokens, most, rank_stride, s_stride, b_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    LOOPS: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    LOOPS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, size] of y [T, 2 * size]: a tile and LOOPS times COLUMNS results a program."""
     tile = tl.program_id(1)
@@ -148,10 +151,10 @@ def silu_kernel(
         next_gates = _factors(b, blocks, count, 0, next_c, more, rank_stride, b_stride, RANKS, FACTOR)
         next_ups = _factors(b, blocks, count, 0, size + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
         delta = _delta(to_gate, gates, s, b, token_slots, blocks, count, tile, 0, c, c < size, rank_stride, s_stride,
-                       b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+                       b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         x = gate.to(tl.float32) + delta
         delta = _delta(to_up, ups, s, b, token_slots, blocks, count, tile, PARTS - 1, size + c, c < size, rank_stride,
-                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         result = gated(x, up.to(tl.float32) + delta).to(out.dtype.element_ty)
         tl.store(out + token.to(tl.int64) * size + c, result, mask=inside)
         c, inside, gate, up, gates, ups = next_c, next_inside, next_gate, next_up, next_gates, next_ups
@@ -164,7 +167,8 @@ def rotate_kernel(
     w0, w1, w2, num_tokens, most, rank_stride, s_stride, b_stride, k_stride, v_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
-    FINITE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    FINITE: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile and LOOPS heads of one part a program; BLOCK: half of a head, padded."""
     HALF: tl.constexpr = DIM // 2
@@ -192,10 +196,10 @@ def rotate_kernel(
         next_lows = _factors(b, blocks, count, 0, next_at, more, rank_stride, b_stride, RANKS, FACTOR)
         next_highs = _factors(b, blocks, count, 0, next_at + HALF, more, rank_stride, b_stride, RANKS, FACTOR)
         delta = _delta(shrunk, lows, s, b, token_slots, blocks, count, tile, part, at, half, rank_stride, s_stride,
-                       b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+                       b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         first = low.to(tl.float32) + delta
         delta = _delta(shrunk, highs, s, b, token_slots, blocks, count, tile, part, at + HALF, half, rank_stride,
-                       s_stride, b_stride, M, TILE, PARTS, RANKS, DENSE, FACTOR, PRECISION)  # fmt: skip
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         second = high.to(tl.float32) + delta
         is_rotated = head < HEADS + KV_HEADS
         weight_low, weight_high, eps = load_head_weights(weight_ptr, eps_ptr, at, half & is_rotated, HALF)

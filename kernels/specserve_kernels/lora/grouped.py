@@ -30,6 +30,7 @@ from specserve_kernels.overlap import overlaps
 from specserve_kernels.qkv import HeadWeights
 
 _FACTORS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
+_SOME_TOKENS = 1024
 _PRECISIONS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "ieee"}
 
 
@@ -88,6 +89,7 @@ class Shrunk:
     tiles: LoraTiles
     num_tokens: int
     dtype: torch.dtype
+    many: bool  # rank blocks are expected, as Folded says
 
     def add_to(self, y: Tensor) -> None:
         """y [T, out_features] += Δ, in place."""
@@ -142,7 +144,7 @@ class Shrunk:
         tiles = self.tiles
         return _Traits(
             self.num_tokens, tiles.token_slots.shape[1], tiles.tile, self.parts, self.dense, self.rank_stride,
-            self.dtype, pdl,
+            self.dtype, self.many or self.num_tokens <= _SOME_TOKENS, pdl,
         )  # fmt: skip
 
 
@@ -156,16 +158,20 @@ class _Traits(NamedTuple):
     dense: bool
     rank_stride: int
     dtype: torch.dtype
+    mixed: bool  # a tile of decodes, with an adapter each, may be what takes longest
     pdl: bool
 
 
 def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
-    """Ranks at once: a prompt's tile seldom has more than one adapter's."""
+    """Ranks at once: a prompt's tile seldom has more than one adapter's; where it does it has many, of decodes, which
+    take more at once as far as there are registers."""
     factor = _FACTORS[traits.dtype]
     most = 64 if traits.dense else min(most_ranks, power_of_2(traits.rank_stride))
+    ranks = min(most, 32) if factor == tl.float32 else most
+    wide = ranks if factor == tl.float32 or not traits.mixed else max(ranks, most_ranks)
     return {
         "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "DENSE": traits.dense,
-        "RANKS": min(most, 32) if factor == tl.float32 else most, "FACTOR": factor,
+        "RANKS": ranks, "WIDE": wide, "FACTOR": factor,
         "PRECISION": _PRECISIONS[traits.dtype], "PDL": traits.pdl, "num_warps": 4, "launch_pdl": traits.pdl,
     }  # fmt: skip
 
@@ -173,7 +179,7 @@ def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
 @lru_cache(maxsize=1024)
 def _column_constants(traits: _Traits) -> tuple[int, int, Mapping[str, object]]:
     """(columns at once, how often in a program, the kernel's constants)."""
-    columns, loops = (32, 1) if traits.dense else (64, 4)
+    columns, loops = (32, 1) if traits.dense else (64, 1 if traits.mixed else 4)
     return columns, loops, _common_constants(traits, 64) | {"COLUMNS": columns, "LOOPS": loops}
 
 
@@ -183,7 +189,7 @@ def _rotate_constants(
 ) -> tuple[int, Mapping[str, object]]:
     """(heads of a program, which are all of one part; the kernel's constants)."""
     assert len(widths) <= 3 and not any(width % head_dim for width in widths), (widths, head_dim)
-    loops = 1 if traits.dense else 4
+    loops = 1 if traits.dense or traits.mixed else 4
     while any(number % loops for number in (kv_heads, *[width // head_dim for width in widths])):
         loops //= 2
     block = max(16, power_of_2(head_dim // 2))
@@ -226,7 +232,7 @@ class GroupedLora:
             *x.shape, parts, tiles.token_slots.shape[1], tiles.blocks.shape[1], self.rank_stride, x.dtype, overlaps(x)
         )
         s = shrink(x, a, self.rank_stride, tiles, self.counters[len(self.linears) :], cut)
-        return Shrunk(s, cut.dense, parts, self.rank_stride, b, widths, tiles, self.num_tokens, x.dtype)
+        return Shrunk(s, cut.dense, parts, self.rank_stride, b, widths, tiles, self.num_tokens, x.dtype, self.many)
 
 
 def grouped_lora(

@@ -75,7 +75,7 @@ def shrink_cut(
         span = cdiv(cdiv(in_features, splits), depth) * depth
         splits = cdiv(in_features, span)
         constants |= {"SPAN": span, "STAGES": 4, "num_warps": 4}
-    lanes = min(groups, max(1, lanes // (num_tiles * splits)), groups if dense else 4)
+    lanes = min(groups, max(1 if dense else 4, lanes // (num_tiles * splits)))
     constants |= {"SPLITS": splits, "DEPTH": depth, "LANES": lanes}
     places = (num_tiles * tile, per_row, parts, rank_stride)
     shape = (num_tiles, parts, tile, cdiv(most_blocks * RANK_BLOCK, 128) * 128) if dense else places
