@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,17 +13,19 @@ from specserve.runtime.layout import StepLayout, uniform_layout
 from specserve.runtime.model_state import ModelState
 from specserve.runtime.rows import DeviceRows
 from specserve.runtime.step import DraftGroup
+from specserve.runtime.step_graphs import StepGraphs, run_ragged
 from specserve.speculation.proposer import DraftBatch, Drafts
 from specserve.speculation.registry import ProposerRegistry
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Drafter:
-    """The draft side of a ModelRunner. `draft` is None without a draft model."""
+    """The draft side of a ModelRunner. `draft` is None without a draft model, `graphs` until some are captured."""
 
     proposers: ProposerRegistry
     rows: DeviceRows
     draft: ModelState | None
+    graphs: StepGraphs | None = None
 
     def catch_up(self, layout: StepLayout, context_bounds: tuple[int, ...]) -> None:
         """Draft prefill: compute the draft's KV over the next tokens of each row that is behind."""
@@ -31,7 +33,9 @@ class Drafter:
             return
         computed = self.rows.num_draft_computed
         positions = computed[layout.token_rows] - 1 - layout.positions  # the layout counts -1, -2, … in each row
-        self.draft.forward(self.rows, layout, positions, context_bounds)
+        prefill = None if self.graphs is None else self.graphs.draft_prefill
+        if prefill is None or run_ragged([prefill], replace(layout, positions=positions)) is None:
+            self.draft.forward(self.rows, layout, positions, context_bounds)
         counts = layout.query_start[1:] - layout.query_start[:-1]
         computed.index_copy_(0, layout.row_index, computed[layout.row_index] + counts)
 
@@ -68,8 +72,13 @@ class Drafter:
         if draft is None:
             return None
 
+        passes = {} if self.graphs is None else self.graphs.passes
+
         def forward(positions: Tensor) -> Tensor:
             count = positions.shape[1]
+            graphs = passes.get(count)
+            if graphs is not None and len(row_list) <= graphs.most:
+                return draft.model.compute_logits(graphs.run(row_list, row_index, positions))
             layout = uniform_layout(row_list, row_index, count)
             hidden = draft.forward(self.rows, layout, positions.reshape(-1), bounds)
             return draft.model.compute_logits(hidden[count - 1 :: count])  # [B, vocab]

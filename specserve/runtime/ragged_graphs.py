@@ -11,11 +11,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from specserve.core.plan import PlanRow
 from specserve.device import Graph
 from specserve.runtime.capture import Key, kinds
 from specserve.runtime.layout import StepLayout
@@ -29,6 +29,14 @@ _SMALL_BUCKETS = (16, 32, 48)
 _BUCKET_STEP = 64
 
 
+def verification_buckets(max_tokens: int) -> list[int]:
+    """Of steps that decode and verify: multiples of 8 up to 64, beyond quarters of the power of two below."""
+    quarters = (range(base + base // 4, 2 * base + 1, base // 4) for base in (64, 128, 256, 512))
+    sizes = [*range(8, 65, 8), *chain.from_iterable(quarters)]
+    last = min(max_tokens, MAX_TOKENS)
+    return [size for size in sizes if size < last] + [last]
+
+
 def token_buckets(max_tokens: int) -> list[int]:
     """Numbers of tokens that graphs are captured for: 16, 32, 48, then every multiple of 64 up to `max_tokens`, which
     is the last, or MAX_TOKENS."""
@@ -40,22 +48,22 @@ def token_buckets(max_tokens: int) -> list[int]:
 class RaggedGraphs:
     """Once captured, `run` wherever `can_run` says so.
 
-    `max_tokens` of a step; `max_rows`, of which no step has more; `max_context`: no row's KV is ever longer;
-    `max_query_len`: no row has more tokens in a step (None: any number).
+    `sizes`: buckets of tokens, ascending; `max_rows`, of which no step has more; `max_context`: no row's KV is ever
+    longer; `max_query_len`: no row has more tokens in a step (None: any number).
 
     Tokens beyond a step's own are the padding row's first one, of no sequence; sequences beyond its own are empty.
     """
 
     def __init__(
-        self, target: ModelState, rows: DeviceRows, *, max_tokens: int, max_rows: int, max_context: int,
+        self, target: ModelState, rows: DeviceRows, sizes: Sequence[int], *, max_rows: int, max_context: int,
         max_query_len: int | None = None,
     ) -> None:  # fmt: skip
         self._target = target
         self._rows = rows
-        self.sizes = token_buckets(max_tokens)
+        self.sizes = list(sizes)
         self._max_rows = max_rows
         self._max_context = max_context
-        self._max_query_len = max_query_len or max_tokens
+        self._max_query_len = max_query_len or self.sizes[-1]
         self.graphs: dict[Key, Graph] = {}
         spec, most, like = target.model.spec, self.sizes[-1], rows.num_tokens
         self._inputs = like.new_zeros(2 * most + 2 * max_rows + 1)  # of the next replay, whichever bucket's
@@ -79,11 +87,10 @@ class RaggedGraphs:
         hidden = self._target.forward(self._rows, layout, None, bounds, work=work)
         return self._hidden[:size].copy_(hidden)
 
-    def can_run(self, plan_rows: Sequence[PlanRow]) -> bool:
-        """Whether a graph has room for the step."""
-        counts = [row.num_new + row.num_drafts for row in plan_rows]
-        fits = 0 < sum(counts) <= self.sizes[-1] and len(counts) <= self._max_rows
-        return fits and max(counts) <= self._max_query_len
+    def can_run(self, query_lens: Sequence[int]) -> bool:
+        """Whether a graph has room for so many tokens of each sequence."""
+        fits = 0 < sum(query_lens) <= self.sizes[-1] and len(query_lens) <= self._max_rows
+        return fits and max(query_lens) <= self._max_query_len
 
     def run(self, layout: StepLayout) -> Tensor:
         """Hidden states [T, hidden] of the layout's tokens; they hold until the next run."""

@@ -13,14 +13,12 @@ from torch import Tensor
 from specserve.core.plan import AdapterLoad, PlanRow, StepPlan
 from specserve.device import upload
 from specserve.runtime.adapter_loads import AdapterLoads, HostAdapters
-from specserve.runtime.capture import GraphSet, capture
 from specserve.runtime.drafting import Drafter
-from specserve.runtime.graphs import DecodeGraphs
 from specserve.runtime.layout import uniform_layout
 from specserve.runtime.model_state import ModelState
-from specserve.runtime.ragged_graphs import RaggedGraphs
 from specserve.runtime.rows import DeviceRows
 from specserve.runtime.step import StepInputs, StepPacker
+from specserve.runtime.step_graphs import Sizes, StepGraphs, run_ragged
 from specserve.runtime.ticket import AskedLogprobs, EmptyStep, SampledStep, Ticket
 from specserve.sampling.batch import SamplingBatch
 from specserve.sampling.logprobs import logprobs
@@ -49,8 +47,7 @@ class ModelRunner:
         self.draft = draft
         self.rows = rows
         self.device = device
-        self.graphs: DecodeGraphs | None = None
-        self.ragged_graphs: RaggedGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.graph_facts: dict[str, float] = {}  # how many graphs, and what they cost at start
         self.drafter = Drafter(proposers, rows, draft)
         self._loads = AdapterLoads([state.adapters for state in self.states], host_adapters, device)
@@ -100,27 +97,18 @@ class ModelRunner:
         logits.float().softmax(-1).argmax(-1)
 
     @torch.inference_mode()
-    def trial_graph(self, max_rows: int, max_context: int, max_tokens: int, *, with_adapters: bool) -> None:
-        """What the largest of the ragged graphs will do, for measuring memory; nothing where there will be none."""
-        if self.target.takes_ragged:
-            graphs = RaggedGraphs(
-                self.target, self.rows, max_tokens=max_tokens, max_rows=max_rows, max_context=max_context
-            )
-            graphs.forward(graphs.sizes[-1], AdapterWork.SOME if with_adapters else AdapterWork.NONE)
+    def trial_graph(self, sizes: Sizes, *, with_adapters: bool) -> None:
+        """What the largest of the graphs will do, for measuring memory; nothing where there will be none."""
+        largest = StepGraphs(self.target, None, self.rows, sizes, drafts=False).largest()
+        if largest is not None:
+            largest.forward(largest.sizes[-1], AdapterWork.SOME if with_adapters else AdapterWork.NONE)
 
-    def capture_graphs(
-        self, max_rows: int, max_context: int, max_tokens: int, *, with_adapters: bool, progress: bool
-    ) -> None:
-        """Capture graphs of the steps that may come; from then on those steps are replayed."""
-        graphs = DecodeGraphs(self.target, self.rows, max_rows=max_rows, max_context=max_context)
-        ragged = None
-        if self.target.takes_ragged:
-            ragged = RaggedGraphs(
-                self.target, self.rows, max_tokens=max_tokens, max_rows=max_rows, max_context=max_context
-            )
-        sets: list[GraphSet] = [graphs] if ragged is None else [ragged, graphs]
-        self.graph_facts = capture(sets, self.device, with_adapters=with_adapters, progress=progress)
-        self.graphs, self.ragged_graphs = graphs, ragged
+    def capture_graphs(self, sizes: Sizes, *, drafts: bool, with_adapters: bool, progress: bool) -> None:
+        """Capture graphs of the steps that may come; from then on those steps are replayed. `drafts`: verifications
+        are to be expected."""
+        graphs = StepGraphs(self.target, self.draft, self.rows, sizes, drafts=drafts)
+        self.graph_facts = graphs.capture(self.device, with_adapters=with_adapters, progress=progress)
+        self.graphs = self.drafter.graphs = graphs
 
     def _note_drafts(self, row_index: Tensor, drafts: Drafts) -> None:
         """Put drafts behind the rows' committed tokens, where the target's forward reads its input."""
@@ -131,11 +119,10 @@ class ModelRunner:
     def _forward(self, plan_rows: list[PlanRow], inputs: StepInputs) -> Tensor | None:
         """Logits [S, K+1, vocab] of the S sampling rows, each row's last 1+k tokens first; None if no row samples."""
         layout = inputs.layout
-        if self.graphs is not None and self.graphs.can_run(plan_rows):
-            return self.graphs.run(layout).unsqueeze(1)
-        if self.ragged_graphs is not None and self.ragged_graphs.can_run(plan_rows):
-            hidden = self.ragged_graphs.run(layout)
-        else:
+        if self.graphs is not None and self.graphs.decode.can_run(plan_rows):
+            return self.graphs.decode.run(layout).unsqueeze(1)
+        hidden = None if self.graphs is None else run_ragged(self.graphs.ragged, layout)
+        if hidden is None:
             bounds = tuple(row.context_bound for row in plan_rows)
             hidden = self.target.forward(self.rows, layout, None, bounds)
         num_sampling = inputs.sampling_rows.shape[0]

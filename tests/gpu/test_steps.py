@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,11 +182,11 @@ def _mixed(
         )
     )  # fmt: skip
     replayed: list[int] = []
-    ragged = core.built.runner.ragged_graphs
-    if ragged is not None:
+    graphs = core.built.runner.graphs
+    for ragged in [] if graphs is None else graphs.ragged:
         run = ragged.run
 
-        def counted(layout: StepLayout) -> torch.Tensor:
+        def counted(layout: StepLayout, run: Callable[[StepLayout], torch.Tensor] = run) -> torch.Tensor:
             replayed.append(layout.token_rows.shape[0])
             return run(layout)
 

@@ -21,8 +21,9 @@ from lawbook.mixes import Ask, Lora, asks, prompt, speculating
 from lawbook.zoo import Zoo, build_zoo
 from specserve.core.messages import LoraRef
 from specserve.llm import LLM, Output
-from specserve.runtime import runner as runner_module
+from specserve.runtime import step_graphs as step_graphs_module
 from specserve.runtime.capture import GraphSet
+from specserve.runtime.step_graphs import Sizes
 from specserve_kernels import dispatch
 from specserve_kernels.lora import load as lora_load
 from specserve_kernels.tolerances import MODEL
@@ -107,7 +108,7 @@ def interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callab
         if device.type == "cpu":
             monkeypatch.setattr(dispatch, "TRITON_DEVICES", frozenset({"cpu"}))
             monkeypatch.setattr(lora_load, "_PROGRAMS", 1)  # each costs the interpreter milliseconds
-            monkeypatch.setattr(runner_module, "capture", capture_again)
+            monkeypatch.setattr(step_graphs_module, "capture", capture_again)
 
     return begin
 
@@ -122,7 +123,9 @@ def test_triton_is_the_reference(
     interpreted()
     llm = _engine(zoo, scenario, device.type)
     if scenario.graphs and device.type == "cpu":
-        llm.engine.built.runner.capture_graphs(MAX_NUM_SEQS, 64, 24, with_adapters=True, progress=False)
+        llm.engine.built.runner.capture_graphs(
+            Sizes(MAX_NUM_SEQS, 24, 64), drafts=True, with_adapters=True, progress=False
+        )
     answers = _answers(llm, scenario)
     if scenario.graphs and device.type == "cpu":
         _assert_replayed(llm)
@@ -135,11 +138,15 @@ def test_triton_is_the_reference(
 
 
 def _assert_replayed(llm: LLM) -> None:
-    """Decode steps were, and steps of both buckets of tokens."""
-    decode, ragged = llm.engine.built.runner.graphs, llm.engine.built.runner.ragged_graphs
-    assert decode is not None and ragged is not None
-    replayed = [{key[0] for key, graph in one.graphs.items() if graph.replays} for one in (decode, ragged)]  # type: ignore[attr-defined]
-    assert replayed[0] and replayed[1] == {16, 24}, replayed
+    """Steps that decode, that verify and that prefill were, and the draft's prefill and both of its passes."""
+    graphs = llm.engine.built.runner.graphs
+    assert graphs is not None and graphs.draft_prefill is not None
+    sets = {
+        "decode": graphs.decode, "verify": graphs.ragged[0], "mixed": graphs.ragged[1],
+        "draft prefill": graphs.draft_prefill, "first pass": graphs.passes[2], "other passes": graphs.passes[1],
+    }  # fmt: skip
+    replayed = {name: {key[0] for key, graph in one.graphs.items() if graph.replays} for name, one in sets.items()}  # type: ignore[attr-defined]
+    assert all(replayed.values()), replayed
 
 
 def _engine(zoo: Zoo, scenario: Scenario, device: str) -> LLM:

@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from specserve.core.plan import PlanRow
 from specserve.device import Graph
 from specserve.runtime import capture as capture_module
 from specserve.runtime.capture import capture
 from specserve.runtime.layout import StepLayout, pack_layout
 from specserve.runtime.model_state import ModelState
 from specserve.runtime.packing import Packer
-from specserve.runtime.ragged_graphs import RaggedGraphs, token_buckets
+from specserve.runtime.ragged_graphs import RaggedGraphs, token_buckets, verification_buckets
 from specserve.runtime.rows import DeviceRows
 from specserve_adapters.pool import AdapterWork
 
@@ -53,7 +52,7 @@ class Again:
 def ragged_graphs(target: FakeTarget, max_query_len: int | None = None) -> RaggedGraphs:
     rows = SimpleNamespace(num_tokens=torch.zeros(PADDING_ROW + 1, dtype=torch.int64), padding_row=PADDING_ROW)
     graphs = RaggedGraphs(
-        cast(ModelState, target), cast(DeviceRows, rows), max_tokens=MAX_TOKENS, max_rows=MAX_ROWS, max_context=64,
+        cast(ModelState, target), cast(DeviceRows, rows), token_buckets(MAX_TOKENS), max_rows=MAX_ROWS, max_context=64,
         max_query_len=max_query_len,
     )  # fmt: skip
     for key, work in graphs.works(with_adapters=True).items():
@@ -115,15 +114,11 @@ def test_many_adapters_where_no_graph_is_for_many() -> None:
     assert target.asked[-1][2] is AdapterWork.SOME
 
 
-def chunk(num_new: int, num_drafts: int = 0) -> PlanRow:
-    return PlanRow(request_id="", row=0, num_new=num_new, num_drafts=num_drafts, start=0)
-
-
 def test_what_has_room() -> None:
     graphs, short = ragged_graphs(FakeTarget()), ragged_graphs(FakeTarget(), max_query_len=3)
-    assert graphs.can_run([chunk(MAX_TOKENS)]) and not graphs.can_run([chunk(MAX_TOKENS + 1)])
-    assert graphs.can_run([chunk(1)] * MAX_ROWS) and not graphs.can_run([chunk(1)] * (MAX_ROWS + 1))
-    assert short.can_run([chunk(1, 2), chunk(3)]) and not short.can_run([chunk(1, 3)])
+    assert graphs.can_run([MAX_TOKENS]) and not graphs.can_run([MAX_TOKENS + 1])
+    assert graphs.can_run([1] * MAX_ROWS) and not graphs.can_run([1] * (MAX_ROWS + 1))
+    assert short.can_run([3, 3]) and not short.can_run([1, 4])
     assert not graphs.can_run([])
 
 
@@ -136,6 +131,11 @@ def test_buckets(max_tokens: int, sizes: list[int]) -> None:
 
 def test_buckets_end() -> None:
     assert token_buckets(8192)[-2:] == [960, 1024]
+
+
+@pytest.mark.parametrize(("max_tokens", "sizes"), [(4, [4]), (20, [8, 16, 20]), (100, [*range(8, 65, 8), 80, 96, 100])])
+def test_buckets_of_verifications(max_tokens: int, sizes: list[int]) -> None:
+    assert verification_buckets(max_tokens) == sizes
 
 
 def test_all_is_captured_the_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:

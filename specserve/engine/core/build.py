@@ -18,6 +18,7 @@ from specserve.models.spec import ModelSpec
 from specserve.runtime.model_state import Model, ModelState
 from specserve.runtime.rows import DeviceRows
 from specserve.runtime.runner import ModelRunner
+from specserve.runtime.step_graphs import Sizes
 from specserve.speculation.proposer import Proposer
 from specserve.speculation.registry import ProposerRegistry
 from specserve_adapters.manager import AdapterManager
@@ -86,10 +87,11 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = (),
     runner = ModelRunner(states[0], states[1] if draft else None, rows, proposers, adapters.host, device)
     num_blocks = allocate_kv_caches(config, runner, max_model_len, batched_tokens)
     if device.type == "cuda" and not config.enforce_eager and target.spec.dtype != torch.float64:
-        with_adapters = config.max_loras > 0
         runner.capture_graphs(
-            config.max_num_seqs, max_model_len, batched_tokens, with_adapters=with_adapters, progress=progress
-        )
+            Sizes(config.max_num_seqs, batched_tokens, max_model_len),
+            drafts=default_proposer(config, proposers) is not None, with_adapters=config.max_loras > 0,
+            progress=progress,
+        )  # fmt: skip
     return Resolved(
         config=config, spec=target.spec, runner=runner, adapters=adapters, proposers=proposers, device=device,
         num_blocks=num_blocks, max_model_len=max_model_len, max_num_batched_tokens=batched_tokens,

@@ -8,6 +8,7 @@ from specserve.device import free_memory, peak_memory
 from specserve.runtime.graphs import output_bytes
 from specserve.runtime.model_state import kv_bytes_per_block
 from specserve.runtime.runner import ModelRunner
+from specserve.runtime.step_graphs import Sizes
 
 
 def allocate_kv_caches(
@@ -54,7 +55,7 @@ def _graph_bytes(config: EngineConfig, runner: ModelRunner, max_model_len: int, 
     decode = peak_memory(runner.device, lambda: runner.trial_step(rows, 1))
     ragged = peak_memory(
         runner.device,
-        lambda: runner.trial_graph(rows, max_model_len, max_num_batched_tokens, with_adapters=with_adapters),
+        lambda: runner.trial_graph(Sizes(rows, max_num_batched_tokens, max_model_len), with_adapters=with_adapters),
     )
     logits = output_bytes(rows, spec.vocab_size * spec.dtype.itemsize, with_adapters=with_adapters)
     return max(decode, ragged) + logits
