@@ -5,8 +5,8 @@ fade (the mean of a Beta whose prior is the position before it, and for the firs
 what was seen lately counts most. Slow counts make the estimate steady; beside them run fast ones, and where these two
 differ by more than chance the text has changed, and the slow ones are forgotten.
 
-The first draft's probability is told with its standard deviation on top: a row that drafts learns, one that does not
-stays with its error, so that little evidence must not end drafting.
+The first draft's probability is told with some of its standard deviation on top: a row that drafts learns, one that
+does not stays with its error, so that little evidence must not end drafting.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from specserve.scheduling.cost_table import MAX_AUTO_DRAFTS
 FIRST_GUESS = 0.6  # of a proposer of which nothing is known
 PRIOR_WEIGHT = 3.0  # rounds that the prior is worth
 SLOW, FAST = 1.0 - 1.0 / 300.0, 1.0 - 1.0 / 16.0  # what a round leaves of the counts before it
-CHANGED = 0.27  # three standard deviations of a fast estimate at its widest
+CHANGED = 0.33  # four standard deviations of a fast estimate at its widest
 ENOUGH = 6.0  # fast rounds, before they may say that something changed
+HOPE = 1.5  # deviations by which the first draft's probability is told higher than it seems
 STEP = 0.02  # probabilities are told in such steps …
 TOLERANCE = 0.03  # … and told anew when they have moved by more than this: k must not flap on noise
 MAX_KEYS = 4096
@@ -46,13 +47,14 @@ def profile_of(conditional: float) -> Profile:
 class Estimate:
     """One key's. `last_probe`: when it was last probed, in the order of probes."""
 
-    __slots__ = ("_dirty", "_fast", "_prior", "_slow", "_told", "key", "last_probe", "profile")
+    __slots__ = ("_dirty", "_fast", "_prior", "_slow", "_told", "_weight", "key", "last_probe", "profile")
 
     def __init__(self, key: AcceptanceKey, prior: float) -> None:
         self.key = key
         self.last_probe = 0
         self._prior = prior
-        self._slow = [[0.0, 0.0] for _ in range(MAX_AUTO_DRAFTS)]  # accepted, verified
+        self._weight = 1.0  # of the next round's slow counts: it grows where older ones should fade
+        self._slow = [[0.0, 0.0] for _ in range(MAX_AUTO_DRAFTS)]  # accepted, verified; in units of the weight
         self._fast = [[0.0, 0.0] for _ in range(MAX_AUTO_DRAFTS)]
         self._told: list[float] = []
         self._dirty = True
@@ -63,31 +65,37 @@ class Estimate:
         """One round: of `planned` drafts so many were accepted. A draft that the proposer failed to make counts as
         one that was not: its place was planned and paid for."""
         self._dirty = True
-        tried = min(accepted + 1, planned)
-        for position in range(MAX_AUTO_DRAFTS):
+        self._weight /= SLOW  # deeper positions fade with the rounds that do not reach them
+        if self._weight > 1e9:
+            self._rescale()
+        weight = self._weight
+        for position in range(min(accepted + 1, planned, MAX_AUTO_DRAFTS)):
             slow, fast = self._slow[position], self._fast[position]
-            _fade(slow, SLOW)
-            _fade(fast, FAST if position < tried else SLOW)  # deeper ones fade with rounds that do not reach them
-            if position >= tried:
-                continue
-            for counts in (slow, fast):
-                counts[0] += position < accepted
-                counts[1] += 1.0
+            taken = 1.0 if position < accepted else 0.0
+            slow[0] += weight * taken
+            slow[1] += weight
+            fast[0] = fast[0] * FAST + taken
+            fast[1] = fast[1] * FAST + 1.0
             if fast[1] > ENOUGH and abs(fast[0] / fast[1] - slow[0] / slow[1]) > CHANGED:
-                slow[:] = fast
+                slow[:] = [weight * count for count in fast]
+
+    def _rescale(self) -> None:
+        for counts in self._slow:
+            counts[:] = [count / self._weight for count in counts]
+        self._weight = 1.0
 
     def told(self) -> list[float]:
         """What the choice is told: the estimates, the first one hopeful."""
         first, *others = self.conditional()
-        deviation = math.sqrt(first * (1.0 - first) / (self._slow[0][1] + PRIOR_WEIGHT))
-        return [min(1.0, first + deviation), *others]
+        deviation = math.sqrt(first * (1.0 - first) / (self._slow[0][1] / self._weight + PRIOR_WEIGHT))
+        return [min(1.0, first + HOPE * deviation), *others]
 
     def conditional(self) -> list[float]:
         """Each position's probability, given the ones before."""
         estimates = []
         prior = self._prior
         for accepted, tried in self._slow:
-            prior = (accepted + PRIOR_WEIGHT * prior) / (tried + PRIOR_WEIGHT)
+            prior = (accepted / self._weight + PRIOR_WEIGHT * prior) / (tried / self._weight + PRIOR_WEIGHT)
             estimates.append(prior)
         return estimates
 
@@ -105,11 +113,6 @@ class Estimate:
                 profile.append(product)
             self.profile = tuple(profile)
         return self.profile
-
-
-def _fade(counts: list[float], by: float) -> None:
-    counts[0] *= by
-    counts[1] *= by
 
 
 class Acceptance:

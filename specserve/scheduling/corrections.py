@@ -1,32 +1,69 @@
 """Corrections: how far the steps that run differ from what the table says they take.
 
-Contexts grow, the host is busy, others use the machine: a step takes longer than its trial did. Most of that has
-nothing to do with drafts and is the same milliseconds for every number of them, so differences are added, not
-multiplied: of steps that were not seen lately the table then neither flatters nor blackens the ones that were. Steps
-are told apart by rows (a power of two each) and draft passes; from numbers of passes that were seen others follow by a
-straight line.
+Contexts grow, the host is busy, others use the machine: a step takes longer than its trial did. What has nothing to do
+with drafts is the same milliseconds whatever their number; what has, grows with them. So for each size of batch a line
+is fitted to the latest steps,
+
+    observed − table ≈ offset + slope · (table − decode),
+
+where `decode` is what the table says of a step without drafts. It is a least-squares fit whose past fades and whose
+slope is held towards 0 as long as step times vary more than numbers of drafts do; single stalls are clipped.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import deque
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 
-WINDOW = 9  # step times whose median counts: single stalls are none of ours
-ENOUGH = 3  # of them, to count at all
+FADE = 1.0 - 1.0 / 120.0  # what a step leaves of those before it
+ENOUGH = 3  # steps, to say anything
+FAR = 4.0  # times the usual deviation: what lies farther off is brought that near
 TOLERANCE = 0.03  # of a step's time: less is noise, and nobody's choice changes by it
-FORGET_AFTER = 2000  # steps: an old impression must not keep the engine from trying again
+LEAST_SLOPE = -0.9  # drafts never become free
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What is added to a step's time, in milliseconds, that takes `beyond` more than one without drafts."""
+
+    offset: float = 0.0
+    slope: float = 0.0
+
+    def at(self, beyond: float) -> float:
+        return self.offset + self.slope * beyond
+
+
+NOTHING = Line()
 
 
 @dataclass(slots=True)
-class _Cell:
-    """Steps of about so many rows and so many passes. `value` is what others were told."""
+class _Fit:
+    """Faded sums over the steps of one size of batch, x = table − decode and y = observed − table."""
 
-    found: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    value: float | None = None
+    weight: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
     seen: int = 0
+    since_plain: int = 0  # steps since one without drafts
+    deviation: float = 0.0
+    now: Line = NOTHING
+    told: Line = NOTHING
+
+    def add(self, x: float, y: float, decode: float) -> None:
+        off = y - self.now.at(x)
+        if self.seen >= 2 * ENOUGH:
+            off = max(-FAR * self.deviation, min(FAR * self.deviation, off))
+        self.deviation = abs(off) if not self.seen else 0.9 * self.deviation + 0.1 * max(abs(off), 0.01 * decode)
+        y = self.now.at(x) + off
+        self.weight, self.x, self.y = FADE * self.weight + 1.0, FADE * self.x + x, FADE * self.y + y
+        self.xx, self.xy = FADE * self.xx + x * x, FADE * self.xy + x * y
+        self.seen += 1
+        self.since_plain = 0 if x == 0.0 else self.since_plain + 1
+        spread = self.xx - self.x * self.x / self.weight
+        doubt = max(self.deviation, 0.01 * decode) ** 2  # the slope's normal prior has deviation 1
+        slope = max(LEAST_SLOPE, (self.xy - self.x * self.y / self.weight) / (spread + doubt))
+        self.now = Line((self.y - slope * self.x) / self.weight, slope)
 
 
 class Corrections:
@@ -34,48 +71,27 @@ class Corrections:
 
     def __init__(self) -> None:
         self.version = 0
-        self._steps = 0
-        self._cells: dict[int, dict[int, _Cell]] = {}  # by rows' bits, then passes
+        self._fits: dict[int, _Fit] = {}  # by rows' bits
 
-    def observe(self, rows: int, passes: int, table_ms: float, observed_ms: float) -> None:
-        """A step took `observed_ms` where the table says `table_ms`."""
-        self._steps += 1
-        cells = self._cells.setdefault(rows.bit_length(), {})
-        cell = cells.get(passes)
-        if cell is None:
-            cell = cells[passes] = _Cell()
-        cell.seen = self._steps
-        cell.found.append(observed_ms - table_ms)
-        if len(cell.found) >= ENOUGH:
-            value = median(cell.found)
-            if cell.value is None or abs(value - cell.value) > TOLERANCE * (table_ms + max(0.0, value)):
-                cell.value = value
+    def observe(self, rows: int, decode: float, table: float, observed: float) -> None:
+        """A step took `observed` milliseconds where the table says `table`, and `decode` of one without drafts."""
+        fit = self._fits.setdefault(rows.bit_length(), _Fit())
+        fit.add(table - decode, observed - table, decode)
+        if fit.seen < ENOUGH:
+            return
+        for beyond in (0.0, decode):
+            time = decode + beyond
+            if abs(fit.now.at(beyond) - fit.told.at(beyond)) > TOLERANCE * (time + max(0.0, fit.now.at(beyond))):
+                fit.told = fit.now
                 self.version += 1
-        if self._steps % (FORGET_AFTER // 8) == 0:
-            self._forget()
+                return
 
-    def _forget(self) -> None:
-        for cells in self._cells.values():
-            for passes in [passes for passes, cell in cells.items() if self._steps - cell.seen > FORGET_AFTER]:
-                del cells[passes]
-                self.version += 1
+    def line(self, rows: int) -> Line:
+        """What to add to the table's milliseconds for a batch of this size."""
+        fit = self._fits.get(rows.bit_length())
+        return NOTHING if fit is None else fit.told
 
-    def steps_unseen(self, rows: int, passes: int) -> int:
-        """How many steps ago such a step was last seen."""
-        cell = self._cells.get(rows.bit_length(), {}).get(passes)
-        return self._steps - cell.seen if cell is not None and cell.value is not None else self._steps
-
-    def at(self, rows: int, passes: int) -> float:
-        """Milliseconds to add to the table's. Beyond what was seen it goes on as it rose from the fewest passes."""
-        cells = self._cells.get(rows.bit_length(), {})
-        known = sorted((count, cell.value) for count, cell in cells.items() if cell.value is not None)
-        if not known:
-            return 0.0
-        place = bisect_left(known, (passes,))
-        if place < len(known) and (known[place][0] == passes or place == 0):
-            return known[place][1]
-        (low, low_value) = known[place - 1] if place < len(known) else known[0]
-        (high, high_value) = known[min(place, len(known) - 1)]
-        if high == low:
-            return low_value
-        return low_value + (high_value - low_value) * (passes - low) / (high - low)
+    def since_plain(self, rows: int) -> int:
+        """How many steps ago one without drafts was seen."""
+        fit = self._fits.get(rows.bit_length())
+        return 0 if fit is None else fit.since_plain

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from specserve.scheduling.corrections import Corrections
 from specserve.scheduling.cost_table import MAX_AUTO_DRAFTS, MAX_POSITIONS, CostTable
-from specserve.scheduling.draft_choice import Group, StepCosts
+from specserve.scheduling.draft_choice import FLOOR, Group, StepCosts
 
 MAX_KEPT = 64
 CATCH_UP_TOKENS = 256  # at which a draft's prefill is priced by the token
@@ -23,10 +23,6 @@ class StepShape:
     tokens: int
     drafting: dict[str, tuple[int, int]] = field(default_factory=dict)
     catch_up: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def passes(self) -> int:
-        return max((passes for _, passes in self.drafting.values()), default=0)
 
 
 class CostModel:
@@ -61,7 +57,7 @@ class CostModel:
             rows=rows,
             max_drafts=max_drafts,
             target=target[: max(1, min(len(target), max(spare, asked) + 1))],
-            corrections=[self._corrections.at(rows, passes) for passes in range(MAX_AUTO_DRAFTS + 1)],
+            line=self._corrections.line(rows),
             first=self._first,
             further=self._further,
             forced_tokens=asked,
@@ -89,8 +85,9 @@ class CostModel:
     def catch_up_per_token(self, proposer: str) -> float:
         return self.table.catch_up(proposer, CATCH_UP_TOKENS) / CATCH_UP_TOKENS
 
-    def steps_unseen(self, rows: int, passes: int) -> int:
-        return self._corrections.steps_unseen(rows, passes)
+    def since_plain(self, rows: int) -> int:
+        """How many steps ago a step of about so many rows did without drafts."""
+        return self._corrections.since_plain(rows)
 
     def observe(self, shape: StepShape, milliseconds: float) -> None:
         """A step of this shape took so long."""
@@ -101,6 +98,7 @@ class CostModel:
         table = self.table.target(shape.rows, shape.tokens) + drafting + catch_up
         if catch_up > MAX_CATCH_UP * table:
             return
-        predicted = max(table + self._corrections.at(shape.rows, shape.passes), 0.2 * table)
+        decode = self.table.decode(shape.rows)
+        predicted = max(table + self._corrections.line(shape.rows).at(table - decode), FLOOR * table)
         self.ratio += 0.02 * (min(milliseconds / predicted, 10.0) - self.ratio)
-        self._corrections.observe(shape.rows, shape.passes, table, milliseconds)
+        self._corrections.observe(shape.rows, decode, table, milliseconds)

@@ -15,8 +15,12 @@ from itertools import product
 from typing import NamedTuple
 
 from specserve.scheduling.acceptance import Profile
+from specserve.scheduling.corrections import NOTHING, Line
 
 MAX_GROUPS = 8  # more are taken together with their neighbours: the choice must stay cheap
+FLOOR = 0.2  # of the table's cost is the least that any correction leaves
+
+_Item = tuple[int, int, str, int, float]  # group, position, proposer, rows, worth of a row's draft
 
 
 class Group(NamedTuple):
@@ -31,7 +35,7 @@ class Group(NamedTuple):
 class StepCosts:
     """What steps of these decode rows cost, in milliseconds.
 
-    `target[n]`: with n drafts to verify, 0 … as many as may be drafted; `corrections[K]`: to be added for K passes;
+    `target[n]`: with n drafts to verify, 0 … as many as may be drafted; `line`: what is to be added;
     `first[proposer][D]`, `further[proposer][D]`: a pass over D rows. `forced` drafts are asked for by requests: their
     tokens, what they are worth, and by proposer their rows and passes.
     """
@@ -39,9 +43,9 @@ class StepCosts:
     rows: int
     max_drafts: int
     target: Sequence[float]
-    corrections: Sequence[float]
     first: Mapping[str, Sequence[float]]
     further: Mapping[str, Sequence[float]]
+    line: Line = NOTHING
     forced_tokens: int = 0
     forced_worth: float = 0.0
     forced: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -73,12 +77,10 @@ class _Step:
         self.using[group.proposer] = (rows + group.rows if position == 1 else rows, max(passes, position))
 
     def milliseconds(self) -> float:
-        costs, drafting, longest = self.costs, 0.0, 0
-        for proposer, (rows, passes) in self.using.items():
-            drafting += costs.drafting(proposer, rows, passes)
-            longest = max(longest, passes)
+        costs = self.costs
+        drafting = sum(costs.drafting(proposer, *used) for proposer, used in self.using.items())
         table = costs.target[min(self.tokens, len(costs.target) - 1)] + drafting
-        return max(table + costs.corrections[min(longest, len(costs.corrections) - 1)], 0.2 * table)
+        return max(table + costs.line.at(table - costs.target[0]), FLOOR * table)
 
     def rate(self) -> float:
         """Expected tokens a millisecond."""
@@ -116,25 +118,51 @@ def evaluate(groups: Sequence[Group], drafts: Sequence[int], costs: StepCosts) -
 
 
 def _search(groups: Sequence[Group], costs: StepCosts) -> list[int]:
+    """The best of all steps that are met on the way; `evaluate` says the same of each of them, more slowly."""
     order = sorted(
         (-value, index, position)
         for index, group in enumerate(groups)
         for position, value in enumerate(group.profile[: costs.max_drafts], start=1)
     )
+    items = [(index, position, groups[index].proposer, groups[index].rows, -value) for value, index, position in order]
     best_rate, best_drafts = _Step.without_choice(costs).rate(), [0] * len(groups)
     for limits in _limits(sorted({group.proposer for group in groups}), costs.max_drafts):
-        step, drafts, reached = _Step.without_choice(costs), [0] * len(groups), False
-        for _, index, position in order:
-            group = groups[index]
-            limit = limits[group.proposer]
-            if position > limit or step.tokens + group.rows >= len(costs.target):
-                continue
-            step.add(group, position)
-            drafts[index] = position
-            reached = reached or position == limit
-            if reached and (rate := step.rate()) > best_rate:  # shorter ones were looked at already
-                best_rate, best_drafts = rate, drafts.copy()
+        found = _walk(items, [0] * len(groups), limits, costs, best_rate)
+        if found is not None:
+            best_rate, best_drafts = found
     return best_drafts
+
+
+def _walk(
+    items: Sequence[_Item], drafts: list[int], limits: Mapping[str, int], costs: StepCosts, best_rate: float
+) -> tuple[float, list[int]] | None:
+    """Add drafts one after the other, as the limits on passes let; the best step on the way that has as many passes
+    as a limit (those with fewer have their own walk), if it is better than `best_rate`."""
+    target, room, plain = costs.target, len(costs.target), costs.target[0]
+    offset, slope = costs.line.offset, costs.line.slope
+    tokens, worth = costs.forced_tokens, costs.rows + costs.forced_worth
+    used = dict(costs.forced)
+    parts = {name: costs.drafting(name, *using) for name, using in used.items()}
+    best: tuple[float, list[int]] | None = None
+    reached = False
+    for index, position, proposer, rows, value in items:
+        if position > limits[proposer] or tokens + rows >= room:
+            continue
+        tokens += rows
+        worth += rows * value
+        drafts[index] = position
+        count, passes = used.get(proposer, (0, 0))
+        if position == 1 or position > passes:
+            passes = max(passes, position)
+            used[proposer] = (count + rows if position == 1 else count, passes)
+            parts[proposer] = costs.drafting(proposer, *used[proposer])
+            reached = reached or position == limits[proposer]
+        if reached:
+            table = target[tokens] + (sum(parts.values()) if len(parts) > 1 else parts[proposer])
+            rate = worth / max(table + offset + slope * (table - plain), FLOOR * table)
+            if rate > best_rate:
+                best_rate, best = rate, (rate, drafts.copy())
+    return best
 
 
 def _limits(proposers: Sequence[str], max_drafts: int) -> Iterable[Mapping[str, int]]:

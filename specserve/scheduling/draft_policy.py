@@ -23,8 +23,9 @@ from specserve.scheduling.probing import PROBE_DRAFTS, Probing
 from specserve.scheduling.request import Request
 
 HOPEFUL = profile_of(0.95)  # where not even this is worth drafting, nothing is to be learnt by a probe
-CONTROL_AFTER = 500  # steps with drafts, until one without tells again what such a step costs
+CONTROL_AFTER = 150  # steps with drafts, until one without tells again what such a step costs
 HORIZON = 512  # tokens that an answer may be expected to go on for; one that is longer, as long again
+BEGIN, GO_ON = 1.04, 1.01  # times the tokens a millisecond of a step without drafts, for drafts to be made at all
 MAX_KEPT = 256
 
 
@@ -61,6 +62,7 @@ class DraftPolicy:
         self._shapes: deque[StepShape | None] = deque()  # of steps in flight
         self._kept: dict[tuple[object, ...], Lengths] = {}
         self._kept_version = -1
+        self._drafting = False  # whether the last choice had drafts
         if table is not None:
             self.install(table)
 
@@ -84,11 +86,12 @@ class DraftPolicy:
 
     def choose(self, decodes: Sequence[Request], spare: int) -> Choice:
         """Drafts for a step of these rows, which together may take `spare` tokens beside their own."""
-        free = [request for request in decodes if request.num_draft_tokens is None and request.tokens_left > 1]
-        counts = _counted(free)
-        if self.model is None or not counts:
+        free = [request for request in decodes if request.num_draft_tokens is None and request.estimate is not None]
+        if self.model is None or not free:
             return NO_CHOICE
-        costs = self.model.costs(len(decodes), spare, _forced(decodes))
+        everybody = counts = _counted(free)
+        forced = _forced(decodes) if len(free) < len(decodes) else []
+        costs = self.model.costs(len(decodes), spare, forced)
         found = self._best(counts, costs)
         behind: set[Request] = set()
         if any(found.drafts):
@@ -96,10 +99,12 @@ class DraftPolicy:
             if behind:
                 counts = _counted([request for request in free if request not in behind])
                 found = self._best(counts, costs)
+            found = self._if_worthwhile(counts, found, costs)
+        self._drafting = any(found.drafts)
         probed: Sequence[Request] = ()
         if self._is_control(counts, found, costs):
             found = found._replace(drafts=(0,) * len(counts))
-        elif (behind or not all(found.drafts)) and self._hopeful(free, costs):
+        elif (behind or not all(found.drafts)) and self._hopeful(everybody, costs):
             lengths = dict(zip(counts, found.drafts, strict=True))
             idle = [request for request in free if not lengths.get(cast(Estimate, request.estimate))]
             probed = self.probing.pick(idle, partial(self._price, counts, found, costs))
@@ -122,6 +127,13 @@ class DraftPolicy:
             found = self._kept[key] = best_lengths(groups, costs)
         return found
 
+    def _if_worthwhile(self, counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts) -> Lengths:
+        """The choice if it gains more than noise, else none: of many steps that are about as good, the one that looks
+        best is flattered, and to begin drafting costs draft prefill."""
+        none = evaluate(_groups(counts), (0,) * len(counts), costs)
+        gain = found.worth / found.milliseconds * none.milliseconds / none.worth
+        return found if gain >= (GO_ON if self._drafting else BEGIN) else none
+
     def _behind(
         self, free: Sequence[Request], counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts
     ) -> set[Request]:
@@ -141,12 +153,11 @@ class DraftPolicy:
 
     # --- learning on purpose ----------------------------------------------------------------------------------------
 
-    def _hopeful(self, free: Sequence[Request], costs: StepCosts) -> bool:
+    def _hopeful(self, counts: Mapping[Estimate, int], costs: StepCosts) -> bool:
         """Whether there could be an acceptance at which these rows draft."""
         rows: dict[str, int] = {}
-        for request in free:
-            assert request.proposer is not None
-            rows[request.proposer] = rows.get(request.proposer, 0) + 1
+        for estimate, count in counts.items():
+            rows[estimate.key.proposer] = rows.get(estimate.key.proposer, 0) + count
         return any(self._best_of([Group(name, HOPEFUL, count) for name, count in rows.items()], costs).drafts)
 
     def _price(
@@ -169,7 +180,7 @@ class DraftPolicy:
     def _is_control(self, counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts) -> bool:
         """Whether this step does without drafts, so that it is known what that costs."""
         assert self.model is not None
-        if not any(found.drafts) or costs.forced or self.model.steps_unseen(costs.rows, 0) < CONTROL_AFTER:
+        if not any(found.drafts) or costs.forced or self.model.since_plain(costs.rows) < CONTROL_AFTER:
             return False
         none = evaluate(_groups(counts), (0,) * len(counts), costs)
         return self.probing.buy(none.milliseconds - none.worth * found.milliseconds / found.worth)

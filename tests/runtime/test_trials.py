@@ -76,6 +76,16 @@ def test_trials_end_in_time_and_begin_with_what_matters_most() -> None:
     assert max(len(plan.rows) for plan in machine.plans) <= 8
 
 
+def test_where_time_ended_after_one_verification_tokens_are_not_thought_free() -> None:
+    machine = Machine()
+    plain = 4 * 0.0101  # a warm step and three that count
+    first = plain + 4 * (0.0132 + 0.0152) + 4 * (0.0135 + 0.0185) + 4 * 0.0108 + 4 * 0.0146 - 0.01
+    trials = Trials(machine, max_model_len=2048, depth=1, seconds=first, clock=machine.clock)
+    table = measure_costs(trials, max_rows=8, max_tokens=2048, proposers=["draft_model", "ngram"])
+    assert table is not None and [rows for rows, _ in table.verify] == [1, 8]
+    assert table.target(8, 40) > table.target(8, 16) + 5.0
+
+
 def test_no_time_is_no_table() -> None:
     machine = Machine()
     trials = Trials(machine, max_model_len=2048, depth=1, seconds=-1.0, clock=machine.clock)

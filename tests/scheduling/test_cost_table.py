@@ -15,7 +15,7 @@ from specserve.scheduling.acceptance import (
     Estimate,
     profile_of,
 )
-from specserve.scheduling.corrections import ENOUGH, FORGET_AFTER, Corrections
+from specserve.scheduling.corrections import NOTHING, Corrections, Line
 from specserve.scheduling.cost_model import CostModel, StepShape
 from specserve.scheduling.cost_table import CostTable, DraftCosts
 from specserve.scheduling.curve import Curve
@@ -60,32 +60,50 @@ def test_passes_and_catch_up() -> None:
     assert table.catch_up("draft", 0) == table.catch_up("unknown", 15) == 0.0
 
 
-def observed(corrections: Corrections, passes: int, difference: float, times: int = ENOUGH) -> None:
+def observed(corrections: Corrections, beyond: float, observed: float, times: int) -> None:
     for _ in range(times):
-        corrections.observe(8, passes, 10.0, 10.0 + difference)
+        corrections.observe(8, 10.0, 10.0 + beyond, observed)
 
 
-def test_corrections_are_medians_and_lie_on_a_line_between_passes() -> None:
+def test_a_constant_difference_is_an_offset_and_stalls_are_none() -> None:
     corrections = Corrections()
-    assert corrections.at(8, 3) == 0.0
-    observed(corrections, 4, 6.0)
-    corrections.observe(8, 4, 10.0, 500.0)  # a stall
-    assert corrections.at(8, 0) == corrections.at(15, 8) == 6.0
-    assert corrections.at(16, 4) == 0.0
-    observed(corrections, 0, 2.0)
-    assert [corrections.at(8, passes) for passes in (0, 1, 2, 4, 8)] == [2.0, 3.0, 4.0, 6.0, 10.0]
+    assert corrections.line(8) == NOTHING
+    observed(corrections, 4.0, 17.0, 20)
+    corrections.observe(8, 10.0, 14.0, 900.0)
+    observed(corrections, 4.0, 17.0, 3)
+    line = corrections.line(15)
+    assert line.offset == pytest.approx(3.0, abs=0.2) and line.slope == 0.0
+    assert corrections.line(16) == NOTHING
 
 
-def test_corrections_do_not_flap_and_are_forgotten() -> None:
+def test_steps_with_and_without_drafts_tell_the_slope() -> None:
     corrections = Corrections()
-    observed(corrections, 4, 6.0)
+    for _ in range(20):
+        observed(corrections, 4.0, 10.0 + 2.0 + 3.0 * 4.0, 5)
+        observed(corrections, 0.0, 10.0 + 2.0, 1)
+    line = corrections.line(8)
+    assert line.at(0.0) == pytest.approx(2.0, abs=0.4)  # told anew only where a step's time changes by 3 %
+    assert line.at(8.0) == pytest.approx(2.0 + 2.0 * 8.0, abs=1.2)
+
+
+def test_corrections_do_not_flap_and_follow_a_change() -> None:
+    draw = random.Random(1)
+    corrections = Corrections()
+    observed(corrections, 4.0, 20.0, 100)
     version = corrections.version
-    observed(corrections, 4, 6.3, 50)
-    assert corrections.version == version and corrections.at(8, 4) == 6.0
-    observed(corrections, 4, 7.0, 50)
-    assert corrections.version > version and corrections.at(8, 4) == 7.0
-    observed(corrections, 0, 0.0, FORGET_AFTER * 9 // 8 + 1)
-    assert corrections.at(8, 4) == 0.0
+    for _ in range(300):
+        observed(corrections, 4.0, 20.0 * draw.uniform(0.95, 1.05), 1)
+    assert corrections.version - version <= 2
+    observed(corrections, 4.0, 30.0, 500)
+    assert corrections.version > version and corrections.line(8).at(4.0) == pytest.approx(16.0, abs=1.0)
+
+
+def test_since_plain_counts_steps_with_drafts() -> None:
+    corrections = Corrections()
+    observed(corrections, 4.0, 20.0, 7)
+    assert corrections.since_plain(8) == 7
+    observed(corrections, 0.0, 12.0, 1)
+    assert corrections.since_plain(8) == corrections.since_plain(400) == 0
 
 
 def test_a_step_that_mostly_catches_up_teaches_nothing_about_drafts() -> None:
@@ -133,9 +151,9 @@ def random_step(draw: random.Random) -> tuple[list[Group], StepCosts]:
         rows=rows,
         max_drafts=4,
         target=[base + (jump + slope * drafts if drafts else 0.0) for drafts in range(rows * 4 + 1)],
-        corrections=[0.0] * 9,
         first={name: [draw.uniform(0.1, 2.0)] * (rows + 1) for name in "ab"},
         further={name: [draw.uniform(0.1, 1.0)] * (rows + 1) for name in "ab"},
+        line=Line(draw.uniform(-0.5, 2.0), draw.uniform(-0.5, 2.0)),
     )
     return groups, costs
 

@@ -47,11 +47,12 @@ def test_a_rise_while_drafting_is_followed_within_200_tokens(seed: int) -> None:
     run = Simulation(costs, {"x": 0.3}, seed=seed)
     run.add("x")
     run.run(800)
-    assert run.chosen[-1]["x"] in (1, 2)
+    assert [step["x"] for step in run.chosen[-10:]].count(1) >= 9, "one may be a step without, to learn its cost"
     run.alphas["x"], tokens = 0.8, run.by_adapter["x"]
     while run.by_adapter["x"] < tokens + 200:
         run.step()
-    assert fixed_rate(costs, {0.8: 1}, run.chosen[-1]["x"]) >= 0.95 * best_rate(costs, {0.8: 1})
+    drafts = max(step["x"] for step in run.chosen[-2:])
+    assert fixed_rate(costs, {0.8: 1}, drafts) >= 0.95 * best_rate(costs, {0.8: 1})
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,6 +1,7 @@
 """The scheduler as a state machine over a fake device that computes lengths only: requests come, are aborted, preempted
-and finish at depth 1 and 2, on adapters that are read and copied in their own time into fewer slots than there are
-names. After every step its invariants hold, every request ends with the right tokens, and nothing leaks."""
+and finish at depth 1 and 2, some with as many drafts as erratic step times suggest, on adapters that are read and
+copied in their own time into fewer slots than there are names. After every step its invariants hold, every request ends
+with the right tokens, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from schedkit.adapters import FakeAdapters
 from schedkit.device import FakeDevice, truth
+from schedkit.simulation import gpu_like
 from specserve.core.messages import LoraRef
 from specserve.core.plan import StepResult
 from specserve.core.sampling_params import SamplingParams
@@ -27,9 +29,9 @@ NAMES = ("a", "b", "c", "d", "bad")
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         depth=st.integers(1, 2), seed=st.integers(0, 1000), caching=st.booleans(), read_steps=st.integers(0, 3),
-        load_steps=st.integers(0, 3),
+        load_steps=st.integers(0, 3), base=st.sampled_from([0.5, 2.0, 10.0]),
     )  # fmt: skip
-    def start(self, depth: int, seed: int, caching: bool, read_steps: int, load_steps: int) -> None:
+    def start(self, depth: int, seed: int, caching: bool, read_steps: int, load_steps: int, base: float) -> None:
         self.adapters = FakeAdapters(SLOTS, read_steps=read_steps, load_steps=load_steps)
         self.kv = KVCacheManager(NUM_BLOCKS, BLOCK_SIZE, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
@@ -38,6 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=ROWS,
             max_num_batched_tokens=BUDGET,
             draft_kv={"draft": True, "ngram": False},
+            costs=gpu_like(base=base),
         )
         self.depth = depth
         self.device = FakeDevice(self.adapters, block_size=BLOCK_SIZE, budget=BUDGET, seed=seed)
@@ -47,11 +50,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.got: dict[str, list[int]] = {}
 
     @rule(
-        prompt=st.integers(1, 20), shared=st.booleans(), answer=st.integers(1, 20), k=st.integers(0, 4),
+        prompt=st.integers(1, 20), shared=st.booleans(), answer=st.integers(1, 20), k=st.integers(0, 4) | st.none(),
         proposer=st.sampled_from(["draft", "ngram"]), resumed=st.integers(0, 5),
         lora=st.lists(st.sampled_from(NAMES), max_size=SLOTS),
     )  # fmt: skip
-    def add(self, prompt: int, shared: bool, answer: int, k: int, proposer: str, resumed: int, lora: list[str]) -> None:
+    def add(
+        self, prompt: int, shared: bool, answer: int, k: int | None, proposer: str, resumed: int, lora: list[str]
+    ) -> None:
         self.counter += 1
         seed = 1 if shared else self.counter
         total = min(prompt + answer, MAX_LEN)
@@ -61,8 +66,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         name = str(self.counter)
         request = Request(
             request_id=name, prompt_len=prompt, token_ids=[truth(seed, p) for p in range(known)], seed=seed,
-            params=SamplingParams(), stop_ids=(), max_total=total, proposer=proposer if k else None, num_draft_tokens=k,
-            lora=tuple(LoraRef(name) for name in lora),
+            params=SamplingParams(), stop_ids=(), max_total=total, proposer=None if k == 0 else proposer,
+            num_draft_tokens=k, lora=tuple(LoraRef(name) for name in lora),
         )  # fmt: skip
         self.expected[name] = (request, [truth(seed, p) for p in range(known, total)])
         self.got[name] = []
@@ -90,7 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not plan.empty:
             self.tickets.append(self.device.execute(plan))
         if self.tickets and (plan.empty or len(self.tickets) >= self.depth):
-            for output in self.scheduler.commit(self.tickets.popleft()):
+            for output in self.scheduler.commit(self.tickets.popleft(), self.device.random.uniform(0.5, 20.0)):
                 self.receive(output.request_id, output.token_ids, output.finish_reason)
         for output in self.scheduler.take_failed():
             self.receive(output.request_id, [], output.finish_reason)

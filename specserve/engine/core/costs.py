@@ -13,7 +13,7 @@ SECONDS = {"cpu": 0.8, "cuda": 1.8}  # for all trials
 FREE = "ngram"  # the proposer whose drafts count as free: always there, and one small launch
 DRAFTER = "draft_model"
 FEW, SOME = 1, 4  # drafts, from which the first pass and the further ones are told apart
-CATCH_UP = (16, 128, 512)  # tokens
+CATCH_UP = (16, 256)  # tokens
 
 Milliseconds = Callable[[Trial], float | None]
 Points = dict[int, float]
@@ -31,47 +31,69 @@ class _Found:
 
 
 def measure_costs(trials: Trials, *, max_rows: int, max_tokens: int, proposers: Collection[str]) -> CostTable | None:
-    """Try steps of up to `max_rows` rows and `max_tokens` tokens; None if time did not even suffice for one."""
-    found = _Found()
-    for rows in trial_rows(max_rows):
-        _measure_rows(found, trials.milliseconds, rows, min(MAX_POSITIONS, max_tokens), DRAFTER in proposers)
-        if rows == 1 and DRAFTER in proposers:
-            _measure_catch_up(found, trials.milliseconds, max_tokens)
+    """Try steps of up to `max_rows` rows and `max_tokens` tokens, the most telling ones first; None if time did not
+    even suffice for one."""
+    found, drafter = _Found(), DRAFTER in proposers
+    room = min(MAX_POSITIONS, max_tokens)
+    sizes = trial_rows(max_rows)
+    for rows in sizes[:2]:
+        _measure_rows(found, trials.milliseconds, rows, room, drafter)
+    if drafter and found.decode:
+        _measure_catch_up(found, trials.milliseconds, max_tokens)
+    for rows in sizes[2:]:
+        _measure_rows(found, trials.milliseconds, rows, room, drafter)
+    for rows in sizes:
+        _measure_edges(found, trials.milliseconds, rows, room)
     if not found.decode:
         return None
     drafting = {}
     if found.first:
-        costs = DraftCosts(
-            Curve(found.first.items()), Curve(found.further.items()), Curve(found.catch_up.items() or [(1, 0.0)])
-        )
+        # a first pass reads two tokens a row: where time did not suffice for prefill itself, that says enough
+        catch_up = found.catch_up or {2 * rows: taken for rows, taken in found.first.items()}
+        costs = DraftCosts(Curve(found.first.items()), Curve(found.further.items()), Curve(catch_up.items()))
         drafting = {name: costs for name in proposers if DRAFTER in name.split("+")}
     return CostTable(
         decode=Curve(found.decode.items()),
-        verify=[(rows, Curve(points.items())) for rows, points in sorted(found.verify.items())],
+        verify=[(rows, _verify_curve(found, rows)) for rows in sorted(found.verify)],
         drafting=drafting,
     )
 
 
-def _measure_rows(found: _Found, milliseconds: Milliseconds, rows: int, max_tokens: int, drafter: bool) -> None:
-    """Steps of so many rows, from those that matter most."""
+def _verify_curve(found: _Found, rows: int) -> Curve:
+    """By tokens. One point has no slope: the decode step, which is cheaper for its kind, then lends a steep one."""
+    points = found.verify[rows]
+    return Curve(points.items() if len(points) > 1 else [(rows, found.decode[rows]), *points.items()])
+
+
+def _measure_rows(found: _Found, milliseconds: Milliseconds, rows: int, room: int, drafter: bool) -> None:
+    """Steps of so many rows: without drafts, and with few and some, by a proposer that is free and by the draft model;
+    the difference is what the draft model takes."""
     plain = milliseconds(uniform(rows, 0, None))
     if plain is None:
         return
     found.decode[rows] = plain
-    for drafts in (FEW, SOME, MAX_AUTO_DRAFTS):
-        if rows * (1 + drafts) > max_tokens:
-            break
-        free = milliseconds(uniform(rows, drafts, FREE))
+    for drafts in (FEW, SOME):
+        free = milliseconds(uniform(rows, drafts, FREE)) if rows * (1 + drafts) <= room else None
         if free is None:
-            break
+            return
         found.verify.setdefault(rows, {})[rows * (1 + drafts)] = free
-        whole = milliseconds(uniform(rows, drafts, DRAFTER)) if drafter and drafts != MAX_AUTO_DRAFTS else None
+        whole = milliseconds(uniform(rows, drafts, DRAFTER)) if drafter else None
         if whole is not None and drafts == FEW:
             found.first[rows] = found.further[rows] = max(0.0, whole - free)
         elif whole is not None:
             found.further[rows] = max(0.0, whole - free - found.first[rows]) / (SOME - FEW)
-    if rows > 1 and rows in found.verify and (free := milliseconds(one_draft(rows, FREE))) is not None:
-        found.verify[rows][rows + 1] = free
+
+
+def _measure_edges(found: _Found, milliseconds: Milliseconds, rows: int, room: int) -> None:
+    """The ends of a curve that has a middle: a single draft, which has left the decode step, and as many as may be."""
+    if rows not in found.verify:
+        return
+    wanted = [(rows * (1 + MAX_AUTO_DRAFTS), uniform(rows, MAX_AUTO_DRAFTS, FREE))]
+    if rows > 1:
+        wanted.insert(0, (rows + 1, one_draft(rows, FREE)))
+    for tokens, trial in wanted:
+        if tokens <= room and (taken := milliseconds(trial)) is not None:
+            found.verify[rows][tokens] = taken
 
 
 def _measure_catch_up(found: _Found, milliseconds: Milliseconds, max_tokens: int) -> None:
