@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from specserve.sampling.batch import SamplingBatch
-from specserve.sampling.processors import process
+from specserve.sampling.processors import only_temperature, process
 from specserve.speculation.proposer import DraftBatch, Drafts
-from specserve_kernels.sampling.tokens import draft_sample
+from specserve_kernels.sampling.tokens import draft_sample, greedy
 
 
 def draw_draft(
@@ -21,6 +21,8 @@ def draw_draft(
     The draft's distribution gets the same processors as the target's; `drafted` [B, D], the drafts so far, count as
     generated. `position` [B]: the absolute position of the token drawn.
     """
+    if not sampling.any_sampled and only_temperature(sampling):
+        return greedy(logits), None  # of the raw ones, where nothing is done to them: they are not copied
     processed = process(logits.unsqueeze(1), sampling, drafted).squeeze(1)  # [B, vocab]
     return draft_sample(
         processed, sampling.seed, position, sampling.temperature, sampling.is_coupled,
