@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from specserve.scheduling.curve import Curve
 
-MAX_AUTO_DRAFTS = 8  # a row and step, where nobody asked for a number
+MAX_AUTO_DRAFTS = 7  # a row and step, where nobody asked for a number: graphs of verifications take 8 tokens of a row
 # Rows times (1 + drafts) of a step whose drafts are the engine's choice: each position has logits and probabilities
 # over the whole vocabulary, 0.5 MB in float32 for 128k tokens.
 MAX_POSITIONS = 512
