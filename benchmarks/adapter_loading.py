@@ -65,7 +65,7 @@ def _measure_disturbed(bench: Bench, arrivals: Arrivals) -> list[Row]:
     adapters = Adapters("loading", (RANK,) * (most + arrivals.count))
     cold = [f"a{most + number}" for number in range(arrivals.count)]
     slots = len(adapters.ranks)
-    engine = bench.open(adapters, slots)
+    engine = bench.open(adapters, slots, max_rows=64)
     rows: list[Row] = []
     try:
         _touch(engine, bench, [f"a{number}" for number in range(most)])
@@ -140,7 +140,7 @@ def _measure_first_tokens(bench: Bench) -> list[Row]:
     disk, scaled = f"a{HOST_CYCLE + 1}", f"a{HOST_CYCLE + 2}"
     bench.setup(bench.pair, adapters, slots=2)  # they are written
     _double_alpha(bench, adapters, scaled)
-    engine = bench.open(adapters, slots=2)
+    engine = bench.open(adapters, slots=2, max_rows=16)
     taken: dict[str, list[float]] = {tier: [] for tier in TIERS}
     try:
         _touch(engine, bench, [f"a{number}" for number in range(HOST_CYCLE + 3)])

@@ -75,8 +75,11 @@ class Bench:
         settings = load_settings(folder or self.pair)
         return settings.shape("target").lora_weights(rank) * ITEMSIZE[settings.dtype]
 
-    def setup(self, folder: Path, adapters: Adapters, slots: int, host_share: float = 1.0) -> Setup:
-        """An engine of all these adapters, `slots` of them on the device and a share of their bytes on the host."""
+    def setup(
+        self, folder: Path, adapters: Adapters, slots: int, host_share: float = 1.0, max_rows: int = 256
+    ) -> Setup:
+        """An engine of all these adapters, `slots` of them on the device and a share of their bytes on the host, for
+        `max_rows` requests at a time."""
         # The twin's are different throughout: no two may be taken for one another.
         adapters.write(folder, self.device, FILES if folder == self.pair else None)
         weights = [self.adapter_bytes(rank, folder) for rank in adapters.ranks]
@@ -86,13 +89,13 @@ class Bench:
         }  # fmt: skip
         return Setup(
             folder, Mode(len(adapters.ranks), 0), self.device, load_settings(folder).dtype,
-            collection=adapters.name, options=options | dict(self.options),
+            collection=adapters.name, max_num_seqs=max_rows, options=options | dict(self.options),
         )  # fmt: skip
 
-    def open(self, adapters: Adapters, slots: int, host_share: float = 1.0) -> SpecserveEngine:
+    def open(self, adapters: Adapters, slots: int, host_share: float = 1.0, max_rows: int = 256) -> SpecserveEngine:
         """On the pair; what a closed engine held is free before."""
         release_memory()
-        return SpecserveEngine(self.setup(self.pair, adapters, slots, host_share))
+        return SpecserveEngine(self.setup(self.pair, adapters, slots, host_share, max_rows))
 
     def check(
         self, adapters: Adapters, slots: int, cells: Mapping[Cell, Sequence[str | None]], host_share: float = 1.0

@@ -4,7 +4,7 @@ One seeded trace, the same for all rows: each request names an adapter by Zipf's
 one length, and `streams` requests run at a time: as one ends the next begins. It runs with
 
 - `resident`: a slot for every adapter that the trace names, all of them there before it begins;
-- `host`: few slots, and a host tier that holds them all, and has read them;
+- `host`: few slots, and a host tier that holds them all (those that the trace names), and has read them;
 - `quarter`: few slots, and a host tier of a quarter of all adapters' bytes.
 
 Before it, an earlier trace of the same law and length has left its traces in slots and host memory. Folders that are
@@ -74,13 +74,19 @@ def measure_thousand(bench: Bench, trace: Trace) -> list[Row]:
     """The three rows. They carry what the twin says of an engine with too few slots and too little memory."""
     twin = _check(bench, trace)
     resident = max(trace.slots, len(trace.named))
-    few = trace.slots
+    few, all_named = trace.slots, len(trace.named) / trace.names
     rows: list[Row] = []
-    for kind, slots, share in (("resident", resident, 1.0), ("host", few, 1.0), ("quarter", few, QUARTER)):
-        warm = trace.warm(all_named=share == 1.0)
-        engine = bench.open(trace.adapters, slots, share)
+    for kind, slots, share in (("resident", resident, all_named), ("host", few, all_named), ("quarter", few, QUARTER)):
+        warm = trace.warm(all_named=kind != "quarter")
+        engine = bench.open(trace.adapters, slots, share, max_rows=trace.streams)
         try:
-            row = {"section": "thousand", "kind": kind, "slots": slots, "host_share": share, **trace.adapters.facts}
+            row = {
+                "section": "thousand",
+                "kind": kind,
+                "slots": slots,
+                "host_share": round(share, 3),
+                **trace.adapters.facts,
+            }
             row |= _run(engine, bench, trace, warm)
         finally:
             engine.close()
