@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specserve_adapters import pool as pool_module
 from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, unpack, write_places
-from specserve_adapters.pool import AdapterPool
+from specserve_adapters.pool import AdapterPool, AdapterWork
 from specserve_adapters.spec import LinearSpec, ModuleKey
 from specserve_kernels.lora import load as lora_load
 from specserve_kernels.lora.load import load_slot_ref, load_slot_triton
@@ -160,3 +160,15 @@ def test_loading_does_not_wait(device: torch.device) -> None:
         torch.cuda.set_sync_debug_mode("default")
     check_slot(pool, 0, lora)
     assert pool.slot_ranks.tolist() == [5, 0, 0]
+
+
+def test_how_much_the_adapters_of_a_batch_are() -> None:
+    """Counted by the ranks of the slots named, each once; slots that are empty are no work."""
+    pool = AdapterPool(SPECS, 4, 272, torch.float32, "cpu")
+    for slot, rank in ((0, 272), (1, 256), (2, 3)):
+        pool.load_slot(slot, adapter(SPECS, {"q": rank}, torch.float32, slot))
+    first, second, third, empty = (((slot, 1.0),) for slot in range(4))
+    assert pool.work([(), empty]) is pool.work([]) is AdapterWork.NONE
+    assert pool.work([third, second[:0], empty]) is AdapterWork.SOME
+    assert pool.work([second, second]) is AdapterWork.SOME
+    assert pool.work([second, third]) is pool.work([first]) is AdapterWork.MANY
