@@ -157,8 +157,8 @@ class AdapterPool:
         load_slot(self._store, blob, places, self._layout, slot, round_up(rank, RANK_BLOCK), self._align)
 
     def work(self, row_adapters: Iterable[tuple[tuple[int, float], ...]]) -> AdapterWork:
-        """How much the adapters of these rows are, counted in blocks of ranks of distinct slots. A draft's slot is empty
-        where the adapter has no companion."""
+        """How much the adapters of these rows are, counted in blocks of ranks of distinct slots. A draft's slot is
+        empty where the adapter has no companion."""
         slots = {slot for adapters in row_adapters for slot, _ in adapters}
         blocks = sum(round_up(self._ranks[slot], RANK_BLOCK) // RANK_BLOCK for slot in slots)
         if not blocks:
