@@ -28,9 +28,11 @@ import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from benchmarks.draft_watch import DraftWatch
@@ -47,6 +49,7 @@ SHORTEST, SPREAD, STRIDE = 40, 73, 11  # prompt lengths: 40 … 112 tokens
 NEW_TOKENS = 24
 REPLACED_PAGE = 1  # of request 0, whose prompt is the shortest
 MAX_WATCHED = 16  # requests whose drafts are compared
+GREEDY = SamplingParams(temperature=0.0)
 Cell = TypeVar("Cell", bound=Hashable)
 
 
@@ -61,6 +64,7 @@ class Trial:
     starts: list[int]
     tokens: list[Tensor]  # per sequence [n, N]
     logprobs: list[Tensor]  # per sequence [n, N] float32
+    accepted: int = 0  # drafts
 
 
 def compare(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
@@ -96,11 +100,16 @@ def prompts(batch: int, vocab: int) -> list[list[int]]:
 
 
 def run_trial(
-    engine: SpecserveEngine, adapters: Sequence[str | None], vocab: int, *, replace_page: bool = False
+    engine: SpecserveEngine,
+    adapters: Sequence[str | None],
+    vocab: int,
+    params: SamplingParams = GREEDY,
+    *,
+    replace_page: bool = False,
 ) -> Trial:
-    """One batch, greedy, with log-probabilities; `adapters` are its requests'."""
+    """One batch with log-probabilities; `adapters` are its requests'. Of `params` the lengths are the trial's own."""
     asked = prompts(len(adapters), vocab)
-    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=MAX_LOGPROBS)
+    params = structs.replace(params, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=MAX_LOGPROBS)
     requests = engine.requests(asked, adapters, params)
     between = page_replacer(engine, requests[0].request_id) if replace_page else None
     sequels = engine.run(requests, between)
@@ -111,6 +120,7 @@ def run_trial(
         starts=[len(prompt) for prompt in asked],
         tokens=[torch.tensor([[e.token_id, *(token for token, _ in e.top)] for e in s.logprobs]) for s in sequels],
         logprobs=[torch.tensor([[e.logprob, *(value for _, value in e.top)] for e in s.logprobs]) for s in sequels],
+        accepted=sum(sequel.speculation.accepted for sequel in sequels if sequel.speculation is not None),
     )
 
 
@@ -129,12 +139,16 @@ def page_replacer(engine: SpecserveEngine, request_id: str) -> Callable[[], None
     return between
 
 
-def watch_drafts(engine: SpecserveEngine, adapters: Sequence[str | None], vocab: int) -> Trial | None:
-    """One batch, sampled, with the probabilities that the draft model gave its drafts; None if none could be seen."""
+def watch_drafts(
+    engine: SpecserveEngine, adapters: Sequence[str | None], vocab: int, num_drafts: int | None = None
+) -> Trial | None:
+    """One batch, sampled, with the probabilities that the draft model gave its drafts, as many a step (None: as the
+    engine says); None if none could be seen."""
     asked = prompts(len(adapters), vocab)
     params = SamplingParams(
-        temperature=1.0, max_tokens=NEW_TOKENS, ignore_eos=True, speculation=SpeculationParams(method="rejection")
-    )
+        temperature=1.0, max_tokens=NEW_TOKENS, ignore_eos=True,
+        speculation=SpeculationParams(method="rejection", num_draft_tokens=num_drafts),
+    )  # fmt: skip
     requests = engine.requests(asked, adapters, params)
     with DraftWatch(engine.core) as watch:
         sequels = engine.run(requests)
@@ -166,8 +180,10 @@ def check_cells(
     setup: Setup,
     cells: Mapping[Cell, Sequence[str | None]],
     also: Callable[[SpecserveEngine], None] = lambda engine: None,
+    asked: Mapping[Cell, SamplingParams] = MappingProxyType({}),
 ) -> dict[Cell, dict[str, Any]]:
-    """Each cell's outcome; a cell is a batch, given as its requests' adapters."""
+    """Each cell's outcome; a cell is a batch, given as its requests' adapters, and what they ask for, if that is not to
+    be greedy and drafted for as the engine is set."""
     settings = load_settings(setup.pair)
     vocab = settings.shape("target").vocab - 256
     engine = SpecserveEngine(replace(setup, options={**setup.options, "pipeline_depth": 2}))
@@ -175,11 +191,14 @@ def check_cells(
     dtype = getattr(torch, ready.dtype)
     try:
         run_trial(engine, setup.mode.adapters(max(8, setup.mode.loras)), vocab)  # every adapter is on the device
-        right = {cell: run_trial(engine, adapters, vocab) for cell, adapters in cells.items()}
-        wrong = {cell: run_trial(engine, adapters, vocab, replace_page=True) for cell, adapters in cells.items()}
-        drafts = {
-            cell: watch_drafts(engine, adapters, vocab) for cell, adapters in cells.items() if setup.mode.speculates
-        }
+        right, wrong, drafts = {}, {}, {}
+        for cell, adapters in cells.items():
+            params = asked.get(cell, GREEDY)
+            num_drafts = params.speculation.num_draft_tokens
+            right[cell] = run_trial(engine, adapters, vocab, params)
+            wrong[cell] = run_trial(engine, adapters, vocab, params, replace_page=True)
+            if setup.mode.speculates and num_drafts != 0:
+                drafts[cell] = watch_drafts(engine, adapters, vocab, num_drafts)
         also(engine)
     finally:
         engine.close()
@@ -187,10 +206,12 @@ def check_cells(
         release_memory()
     target = Judge(setup, "target", setup.loras, dtype, ready.quantization)
     outcomes = {cell: target.judge(right[cell], {"page_replaced": wrong[cell]}) for cell in cells}
+    for cell in drafts:
+        outcomes[cell]["accepted"] = right[cell].accepted
     del target
     release_memory()
     if setup.mode.speculates:
-        companions = {name: path / "draft" for name, path in setup.loras.items() if settings.companions}
+        companions = {name: path / "draft" for name, path in setup.loras.items() if (path / "draft").exists()}
         judge = Judge(setup, "draft", companions, dtype, ready.draft_quantization or "none")
         for cell, trial in drafts.items():
             _add_draft(outcomes[cell], judge.judge(trial, {}) if trial is not None else None)
@@ -215,15 +236,15 @@ class Judge:
     ) -> None:
         self.reference = Reference(setup.pair / role, loras, setup.device, quantization)
         self.exchange = "adapters_exchanged" if role == "target" else "companions_exchanged"
-        self.dtype, self.loras = dtype, len(loras)
+        self.dtype, self.loras = dtype, loras
 
     def judge(self, trial: Trial, spoiled: Mapping[str, Trial]) -> dict[str, Any]:
         """The trial must be right; with adapters exchanged, and for each spoiled trial, it must not."""
-        own = trial.adapters if self.loras else [None] * len(trial.adapters)
+        own = [name if name in self.loras else None for name in trial.adapters]  # some have no companion
         outcome = self.compare(trial, own)
         controls = {name: self.compare(wrong, own) for name, wrong in spoiled.items()}
         if any(own):
-            controls[self.exchange] = self.compare(trial, exchanged(own, self.loras))
+            controls[self.exchange] = self.compare(trial, exchanged(own, len(self.loras)))
         outcome["controls_failed"] = {name: not control["passed"] for name, control in controls.items()}
         outcome["controls_err"] = {name: control["mean_err"] for name, control in controls.items()}
         outcome["passed"] &= all(outcome["controls_failed"].values())

@@ -25,6 +25,7 @@ class Sequel:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)  # perf_counter of each token
+    speculation: SpeculationStats | None = None  # of all its rounds, when it has ended
 
 
 class SpecserveEngine:
@@ -87,6 +88,7 @@ class SpecserveEngine:
             sequel.token_ids += output.token_ids
             sequel.logprobs += output.logprobs or []
             if output.speculation is not None:
+                sequel.speculation = output.speculation
                 self._drafting.rounds += output.speculation.rounds
                 self._drafting.drafted += output.speculation.drafted
                 self._drafting.accepted += output.speculation.accepted
