@@ -10,7 +10,7 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 PYTEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-laws test-gpu test-stress check format demo bench-cpu bench-engine bench-adapters bench-kernels bench-text profile clean
+.PHONY: help install test test-slow test-laws test-gpu test-stress check format demo bench-cpu bench-engine bench-adapters bench-speculation bench-kernels bench-text profile clean
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s  %s\n", $$1, $$2}' Makefile
@@ -80,6 +80,9 @@ bench-engine: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure decode 
 
 bench-adapters: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure what adapters cost on a GPU: SECTION=mixes,loading
 	$(BIN)/python -m benchmarks.adapters $(PAIRS)/pair --twin $(PAIRS)/twin $(if $(SECTION),--section $(SECTION))
+
+bench-speculation: $(PAIRS)/pair/pair.json $(PAIRS)/twin/pair.json ## Measure drafting on a GPU: SECTION=modes,sampled,curve,shift
+	$(BIN)/python -m benchmarks.speculation $(PAIRS)/pair --twin $(PAIRS)/twin $(if $(SECTION),--section $(SECTION))
 
 bench-kernels: $(INSTALLED) ## Measure each kernel on a GPU against its floor: ONLY=norm,lora
 	$(BIN)/python -m benchmarks.ops $(if $(ONLY),--only $(ONLY))
