@@ -21,7 +21,7 @@ def test_another_head_and_back(pair: Path, quantization: str) -> None:
     engine = SpecserveEngine(Setup(pair, Mode(0, 4), "cpu", "float32", options=options))
     settings = load_settings(pair)
     try:
-        parameter = cast(Decoder, engine.core.built.runner.draft.model).parameters["lm_head.weight"]  # type: ignore[union-attr]
+        parameter = cast(Decoder, engine.core.built.runner.draft.model).parameters["lm_head.weight"]
         loaded = [part.clone() for part in (parameter.destination, parameter.scales) if part is not None]
         head = DraftHead(engine, settings, (0.0, 0.3, settings.alpha))
         prompts = [[(37 * i + 11 * j) % 1700 for j in range(8)] for i in range(24)]

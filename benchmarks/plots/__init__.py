@@ -1,0 +1,1 @@
+"""Plots of results, from their rows; one file a benchmark."""
