@@ -10,10 +10,10 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 PYTEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-laws test-gpu test-stress check format demo bench-cpu bench-engine bench-adapters bench-speculation bench-kernels bench-text profile plots clean
+.PHONY: help install test test-slow test-laws test-statistics test-gpu test-stress check format demo bench-cpu bench-engine bench-adapters bench-speculation bench-kernels bench-text profile plots clean
 
 help: ## Show what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s  %s\n", $$1, $$2}' Makefile
 
 $(INSTALLED): pyproject.toml constraints-dev.txt
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ test-slow: $(INSTALLED) ## Run the tests that take more than a few seconds each
 
 test-laws: $(INSTALLED) ## Run the full product of every law
 	$(PYTEST) tests/laws
+
+test-statistics: $(INSTALLED) ## Hold sampled tokens to the target's distribution by 10^6 samples a case
+	$(PYTEST) tests/laws/test_distribution.py tests/laws/test_biased.py tests/sampling/test_verify_distribution.py
 
 # In float64 the laws hold the asynchronous steps, in float32 kernels and graphs too; a part of the cover keeps it short.
 LAWS_GPU := tests/laws -m 'not slow and not laws_full' -k '(llama and depth2 and not pipeline) \

@@ -10,7 +10,7 @@ import pytest
 from lawbook.cases import Case
 from lawbook.engines import HERE, case_engine
 from lawbook.plain import MAX_EXCUSED, Plain
-from lawbook.zoo import Zoo, build_zoo
+from lawbook.zoo import Zoo, build_markov_zoo, build_zoo
 from specserve.llm import LLM
 
 EXCUSED = pytest.StashKey[str]()
@@ -36,6 +36,12 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Zoo]:
     """Family name → its models and adapters on disk."""
     root = tmp_path_factory.mktemp("zoo")
     return cache(lambda family: build_zoo(family, root))
+
+
+@pytest.fixture(scope="session")
+def markov(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """A target whose next token depends on the last one alone, a draft like it, an adapter with its companion."""
+    return build_markov_zoo(tmp_path_factory.mktemp("markov"))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 VOCAB = 61
+MARKOV_VOCAB = 12
 EOS = 2
 DRAFTS = ("near", "narrow", "self")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -145,7 +146,7 @@ def build_zoo(family: str, root: Path) -> Zoo:
     return Zoo(folders["target"], drafts, adapters)
 
 
-def build_markov_zoo(root: Path, vocab_size: int) -> Zoo:
+def build_markov_zoo(root: Path, vocab_size: int = MARKOV_VOCAB) -> Zoo:
     """A target without memory, a draft that resembles it, and adapter a2 (of the MLP alone) with its companion."""
     target, near, adapter = root / "target", root / "near", root / "a2"
     _forgetful(_model("llama", 1, vocab_size=vocab_size)).save_pretrained(target)
