@@ -12,11 +12,13 @@ from dataclasses import replace
 import pytest
 from msgspec.structs import replace as with_fields
 
-from lawbook.cases import FAMILIES, PROPOSERS, Case, over
+from lawbook.cases import FAMILIES, PROPOSERS, Case, cases, over
 from lawbook.engines import requests, run, run_steps, script_of, tokens
 from lawbook.mixes import asks, speculating
 from lawbook.plain import Plain
 from specserve.llm import LLM
+
+NUM_CHOICES = 9  # 0 to 8 drafts
 
 
 @over(family=FAMILIES, proposer=PROPOSERS, num_drafts=(0, 1, 4))
@@ -35,6 +37,27 @@ def test_same_seed_same_tokens(
     answers = run_steps(llm, requests(drafting)[::-1], every=3)
     among = [answers[str(index)] for index in range(len(batch))]
     assert plain.judged(family, batch, among, truth) == truth
+
+
+@cases(
+    dict(family=FAMILIES, proposer=PROPOSERS, shift=range(NUM_CHOICES)),
+    cover=[("llama", proposer, shift) for shift, proposer in enumerate(PROPOSERS)],
+)
+def test_a_crowd_with_every_number_of_drafts(
+    family: str, proposer: str, shift: int, plain: Plain, open_case: Callable[..., LLM]
+) -> None:
+    """64 requests at once, each adapter among them, that draft 0 to 8 tokens side by side; and one of them alone."""
+    case = Case(family, proposer, "sampled-coupled", 2, "distinct")
+    batch = asks(case.mix, sampled=True, count=64, num_new=16)
+    truth = plain.answers(family, batch)
+    llm = open_case(case, script_of(batch, truth), max_num_seqs=64, max_model_len=64, num_blocks=64 * 8 + 1)
+    crowd = [speculating([ask], case, (index + shift) % NUM_CHOICES)[0] for index, ask in enumerate(batch)]
+    assert plain.judged(family, batch, tokens(run(llm, crowd)), truth) == truth
+    one = shift * 7
+    assert plain.judged(family, batch[one : one + 1], tokens(run(llm, [crowd[one]])), [truth[one]]) == [truth[one]]
+    stats = llm.engine.stats()
+    assert stats.num_draft_tokens > 64
+    assert case.proposer == "oracle" or stats.num_accepted_tokens < stats.num_draft_tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 from msgspec.structs import replace as with_fields
 
-from lawbook.cases import DEPTHS, FAMILIES, Case, over
-from lawbook.engines import HERE, open_engine, requests, run, run_steps, script_of, tokens
+from lawbook.cases import DEPTHS, FAMILIES, Case, cases, over
+from lawbook.engines import HERE, another_number, open_engine, requests, run, run_steps, script_of, tokens
 from lawbook.fakes import Fickle
 from lawbook.mixes import Ask, asks, prompt, speculating
 from lawbook.zoo import Zoo
@@ -177,3 +177,38 @@ def test_all_accepted_after_a_pause(family: str, mode: str, depth: int, open_sel
 
     run_steps(llm, requests(batch), between=pause)
     check_all_accepted(llm, len(batch))
+
+
+@cases(
+    dict(family=FAMILIES, mode=METHODS, depth=DEPTHS, event=("none", "preempted", "found", "resumed")),
+    cover=[
+        ("llama", "sampled-rejection", 2, "none"),
+        ("qwen3", "sampled-rejection", 1, "preempted"),
+        ("mistral", "sampled-coupled", 2, "preempted"),
+        ("qwen2", "greedy-rejection", 2, "found"),
+        ("llama", "sampled-coupled", 1, "resumed"),
+    ],
+)
+def test_all_accepted_with_another_number_every_step(
+    family: str, mode: str, depth: int, event: str, open_self: Open
+) -> None:
+    """0 to 8 drafts, row by row and step by step; undisturbed, preempted, after prefix hits, resumed from any place."""
+    fields = {"max_model_len": 256, "num_blocks": 60} if event == "preempted" else {}
+    llm = open_self(family, depth, **fields)
+    batch = batch_of(family, mode, "distinct", length=24)
+    cuts: list[tuple[int, ...]] = []
+    if event == "found":
+        run(llm, [replace(ask, params=_shorter(ask.params, index % 2 * 4)) for index, ask in enumerate(batch)])
+    if event == "resumed":
+        answers = run_steps(open_self(family, depth), requests(batch))
+        cuts = [answers[str(index)][: 29 * index] for index in range(len(batch))]
+    before = llm.engine.stats()
+    run_steps(llm, requests(batch, cuts), between=another_number(llm))
+    after = llm.engine.stats()
+    generated = after.generation_tokens - before.generation_tokens
+    assert generated == len(batch) * NUM_NEW - sum(map(len, cuts))
+    drafted = after.num_draft_tokens - before.num_draft_tokens
+    assert drafted > generated / 2
+    check_accepted(after.num_accepted_tokens - before.num_accepted_tokens, drafted)
+    assert event != "preempted" or after.preemptions > 0
+    assert event != "found" or after.prefix_hits > before.prefix_hits

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lawbook.cases import DEPTHS, MODES, PROPOSERS, Case
+from lawbook.cases import DEPTHS, MODES, PROPOSERS, Case, cases
 from lawbook.engines import run
 from lawbook.mixes import LORAS, Ask, prompt, speculating
 from lawbook.zoo import EOS
@@ -97,13 +97,7 @@ def values(output: Output) -> list[float]:
     return [value for entry in entries for value in (entry.logprob, *(value for _, value in entry.top))]
 
 
-@pytest.mark.parametrize(
-    ("proposer", "mode", "depth"),
-    [
-        pytest.param(*row, marks=() if row in COVER else pytest.mark.laws_full)
-        for row in ((proposer, mode, depth) for proposer in PROPOSERS for mode in MODES for depth in DEPTHS)
-    ],
-)
+@cases(dict(proposer=PROPOSERS, mode=MODES, depth=DEPTHS), cover=COVER)
 @pytest.mark.usefixtures("exact")
 def test_each_field_alone(proposer: str, mode: str, depth: int, open_case: Callable[..., LLM]) -> None:
     case = Case("llama", proposer, mode, depth, "distinct")

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from msgspec.structs import replace as with_fields
 
-from lawbook.cases import Case, law_cases
-from lawbook.engines import HERE, run, script_of, tokens
+from lawbook.cases import DEPTHS, MODES, PROPOSERS, Case, cases, law_cases
+from lawbook.engines import HERE, another_number, requests, run, run_steps, script_of, tokens
 from lawbook.mixes import asks, speculating
 from lawbook.plain import Plain
 from specserve.llm import LLM, Output
@@ -37,6 +37,26 @@ def test_same_tokens_with_and_without(case: Case, plain: Plain, open_case: Calla
         outputs = run(llm, speculating(batch, case))  # nothing in these texts stood there before; now all of it did
         assert plain.judged(case.family, batch, tokens(outputs), truth) == truth
     check_drafting(case, outputs)
+
+
+@cases(
+    dict(proposer=PROPOSERS, mode=MODES, depth=DEPTHS),
+    cover=[(proposer, MODES[i % 3], DEPTHS[i % 2]) for i, proposer in enumerate(PROPOSERS)],
+)
+def test_same_tokens_with_another_number_every_step(
+    proposer: str, mode: str, depth: int, plain: Plain, open_case: Callable[..., LLM]
+) -> None:
+    """0 to 8 drafts, row by row and step by step, while requests take each other's blocks; then found in the cache."""
+    case = Case("llama", proposer, mode, depth, "summed")
+    batch = asks(case.mix, sampled=case.sampled, length=34)
+    truth = plain.answers(case.family, batch)
+    llm = open_case(case, script_of(batch, truth), num_blocks=12, max_model_len=64)
+    for _ in range(2):
+        answers = run_steps(llm, requests(speculating(batch, case, num_drafts=4)), between=another_number(llm))
+        ours = [answers[str(index)] for index in range(len(batch))]
+        assert plain.judged(case.family, batch, ours, truth) == truth
+    stats = llm.engine.stats()
+    assert stats.preemptions > 0 and stats.num_draft_tokens > 0 and stats.prefix_hits > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -67,12 +67,18 @@ def pairwise(axes: Mapping[str, Sequence[object]]) -> list[tuple[object, ...]]:
 
 def over(**axes: Sequence[object]) -> pytest.MarkDecorator:
     """Parametrise a law over the product of these axes; what lies outside the pairwise cover is marked `laws_full`."""
-    cover = set(pairwise(axes))
-    rows = [
+    return cases(axes, pairwise(axes))
+
+
+def cases(axes: Mapping[str, Sequence[object]], cover: Collection[tuple[object, ...]]) -> pytest.MarkDecorator:
+    """Parametrise a law over the product of these axes; what lies outside `cover` is marked `laws_full`."""
+    rows = list(product(*axes.values()))
+    assert set(cover) <= set(rows)
+    params = [
         pytest.param(*row, id="-".join(map(str, row)), marks=() if row in cover else pytest.mark.laws_full)
-        for row in product(*axes.values())
+        for row in rows
     ]
-    return pytest.mark.parametrize(",".join(axes), rows)
+    return pytest.mark.parametrize(",".join(axes), params)
 
 
 def law_cases(**fewer: Sequence[object]) -> pytest.MarkDecorator:

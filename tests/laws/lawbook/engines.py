@@ -117,6 +117,16 @@ def run_steps(
     return answers
 
 
+def another_number(llm: LLM) -> Callable[[int], None]:
+    """For `between` of run_steps: before every step every request gets another number of drafts, 0 to 8."""
+
+    def change(step: int) -> None:
+        for request in llm.engine.scheduler.requests.values():
+            request.num_draft_tokens = (step * step // 3 + 5 * step + 2 * int(request.request_id)) % 9
+
+    return change
+
+
 def run(llm: LLM, batch: list[Ask]) -> list[Output]:
     """Submit all requests at once."""
     return llm.generate(

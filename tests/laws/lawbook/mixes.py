@@ -85,11 +85,13 @@ def prompt(index: int, length: int | None = None) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def asks(mix: str, *, sampled: bool, length: int | None = None, num_new: int = NUM_NEW) -> list[Ask]:
-    """The batch of a mix: NUM_REQUESTS requests, each with a seed, none speculating."""
+def asks(
+    mix: str, *, sampled: bool, length: int | None = None, num_new: int = NUM_NEW, count: int = NUM_REQUESTS
+) -> list[Ask]:
+    """The batch of a mix: `count` requests, each with a seed, none speculating."""
     variants, loras = SAMPLED if sampled else GREEDY, LORAS[mix]
     batch = []
-    for index in range(NUM_REQUESTS):
+    for index in range(count):
         fields = {"temperature": 0.0} | variants[index % len(variants)]
         params = SamplingParams(seed=900 + index, max_tokens=num_new, speculation=NO_SPECULATION, **fields)
         batch.append(Ask(prompt(index, length), loras[index % len(loras)], params))
