@@ -28,8 +28,8 @@ MAX_PARTS = 4
 
 
 @triton.jit
-def _shrunk(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
-            TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
+def load_s(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
+           TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
     """s [TILE, RANKS] of the tile's tokens from block `done` on, zeros where a token does not have a rank."""
     lane, row = tl.arange(0, RANKS)[None, :], tl.arange(0, TILE)[:, None]
     if DENSE:
@@ -47,7 +47,7 @@ def _shrunk(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stri
 
 
 @triton.jit
-def _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS: tl.constexpr, FACTOR: tl.constexpr):
+def load_b(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS: tl.constexpr, FACTOR: tl.constexpr):
     """Bᵀ of the same ranks, [RANKS, COLUMNS], zeros beyond those in use."""
     lane = tl.arange(0, RANKS)
     code = tl.load(blocks + done + lane // 16, mask=done + lane // 16 < count, other=0)
@@ -57,16 +57,16 @@ def _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, RANK
 
 
 @triton.jit
-def _delta(shrunk, factors, s, b, token_slots, blocks, count, tile, part, column, inside, rank_stride, s_stride,
+def s_by_b(shrunk, factors, s, b, token_slots, blocks, count, tile, part, column, inside, rank_stride, s_stride,
            b_stride, M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
            WIDE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first RANKS ranks. A tile with more has
     many, of decodes among a prompt's: these are taken WIDE at a time."""
     total = tl.dot(shrunk, factors, input_precision=PRECISION)
     for done in tl.range(RANKS // 16, count, WIDE // 16, num_stages=3 if DENSE else 1):
-        more = _shrunk(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE, PARTS, WIDE,
-                       DENSE)  # fmt: skip
-        more_factors = _factors(b, blocks, count, done, column, inside, rank_stride, b_stride, WIDE, FACTOR)
+        more = load_s(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE, PARTS, WIDE,
+                      DENSE)  # fmt: skip
+        more_factors = load_b(b, blocks, count, done, column, inside, rank_stride, b_stride, WIDE, FACTOR)
         total = tl.dot(more, more_factors, total, input_precision=PRECISION)
     return total
 
@@ -99,21 +99,21 @@ def add_kernel(
     part, start, width, first = _part_of_block(tl.program_id(0), w0, w1, w2, w3, COLUMNS * LOOPS)
     c = first + tl.arange(0, COLUMNS)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
-    factors = _factors(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
+    factors = load_b(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
     wait(PDL)
     if count == 0:
         return
     at, inside = y + (token * y_stride + start + c), (token < num_tokens) & (c < width)
     base = tl.load(at, mask=inside, other=0.0)
-    shrunk = _shrunk(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
+    shrunk = load_s(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
     for loop in range(LOOPS):
         # What the next columns need is on its way while these are computed.
         next_c = c + COLUMNS
         next_inside = (token < num_tokens) & (next_c < width) & (loop + 1 < LOOPS)
         next_base = tl.load(at + COLUMNS, mask=next_inside, other=0.0)
-        next_factors = _factors(b, blocks, count, 0, start + next_c, (next_c < width) & (loop + 1 < LOOPS),
-                                rank_stride, b_stride, RANKS, FACTOR)  # fmt: skip
-        delta = _delta(shrunk, factors, s, b, token_slots, blocks, count, tile, part, start + c, c < width, rank_stride,
+        next_factors = load_b(b, blocks, count, 0, start + next_c, (next_c < width) & (loop + 1 < LOOPS),
+                              rank_stride, b_stride, RANKS, FACTOR)  # fmt: skip
+        delta = s_by_b(shrunk, factors, s, b, token_slots, blocks, count, tile, part, start + c, c < width, rank_stride,
                        s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         tl.store(at, (base.to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
         at, c, inside, base, factors = at + COLUMNS, next_c, next_inside, next_base, next_factors
@@ -133,13 +133,13 @@ def silu_kernel(
     count, blocks = tl.load(counts + tile), blocks + tile * most
     c = tl.program_id(0) * (COLUMNS * LOOPS) + tl.arange(0, COLUMNS)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
-    gates = _factors(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
-    ups = _factors(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+    gates = load_b(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+    ups = load_b(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
     wait(PDL)
     row, inside = y + token.to(tl.int64) * (2 * size), (token < num_tokens) & (c < size)
     gate, up = tl.load(row + c, mask=inside, other=0.0), tl.load(row + size + c, mask=inside, other=0.0)
-    to_gate = _shrunk(s, token_slots, blocks, count, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
-    to_up = _shrunk(
+    to_gate = load_s(s, token_slots, blocks, count, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
+    to_up = load_s(
         s, token_slots, blocks, count, 0, tile, PARTS - 1, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE
     )
     for loop in range(LOOPS):
@@ -148,12 +148,12 @@ def silu_kernel(
         next_inside = (token < num_tokens) & more
         next_gate = tl.load(row + next_c, mask=next_inside, other=0.0)
         next_up = tl.load(row + size + next_c, mask=next_inside, other=0.0)
-        next_gates = _factors(b, blocks, count, 0, next_c, more, rank_stride, b_stride, RANKS, FACTOR)
-        next_ups = _factors(b, blocks, count, 0, size + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
-        delta = _delta(to_gate, gates, s, b, token_slots, blocks, count, tile, 0, c, c < size, rank_stride, s_stride,
+        next_gates = load_b(b, blocks, count, 0, next_c, more, rank_stride, b_stride, RANKS, FACTOR)
+        next_ups = load_b(b, blocks, count, 0, size + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
+        delta = s_by_b(to_gate, gates, s, b, token_slots, blocks, count, tile, 0, c, c < size, rank_stride, s_stride,
                        b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         x = gate.to(tl.float32) + delta
-        delta = _delta(to_up, ups, s, b, token_slots, blocks, count, tile, PARTS - 1, size + c, c < size, rank_stride,
+        delta = s_by_b(to_up, ups, s, b, token_slots, blocks, count, tile, PARTS - 1, size + c, c < size, rank_stride,
                        s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         result = gated(x, up.to(tl.float32) + delta).to(out.dtype.element_ty)
         tl.store(out + token.to(tl.int64) * size + c, result, mask=inside)
@@ -181,11 +181,11 @@ def rotate_kernel(
     inside, half = (token < num_tokens) & (column < HALF), column < HALF
     is_rotated = head < HEADS + KV_HEADS
     at, row = head * DIM + column, y + token.to(tl.int64) * ROW
-    lows = _factors(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
-    highs = _factors(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
+    lows = load_b(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
+    highs = load_b(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
     wait(PDL)
     low, high = tl.load(row + at, mask=inside, other=0.0), tl.load(row + at + HALF, mask=inside, other=0.0)
-    shrunk = _shrunk(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
+    shrunk = load_s(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=0)
     cos, sin = load_angles(cos_ptr, sin_ptr, token.to(tl.int64), column, inside & is_rotated, DIM)
     for loop in range(LOOPS):
@@ -193,12 +193,12 @@ def rotate_kernel(
         next_at = at + DIM
         next_low = tl.load(row + next_at, mask=inside & more, other=0.0)
         next_high = tl.load(row + next_at + HALF, mask=inside & more, other=0.0)
-        next_lows = _factors(b, blocks, count, 0, next_at, more, rank_stride, b_stride, RANKS, FACTOR)
-        next_highs = _factors(b, blocks, count, 0, next_at + HALF, more, rank_stride, b_stride, RANKS, FACTOR)
-        delta = _delta(shrunk, lows, s, b, token_slots, blocks, count, tile, part, at, half, rank_stride, s_stride,
+        next_lows = load_b(b, blocks, count, 0, next_at, more, rank_stride, b_stride, RANKS, FACTOR)
+        next_highs = load_b(b, blocks, count, 0, next_at + HALF, more, rank_stride, b_stride, RANKS, FACTOR)
+        delta = s_by_b(shrunk, lows, s, b, token_slots, blocks, count, tile, part, at, half, rank_stride, s_stride,
                        b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         first = low.to(tl.float32) + delta
-        delta = _delta(shrunk, highs, s, b, token_slots, blocks, count, tile, part, at + HALF, half, rank_stride,
+        delta = s_by_b(shrunk, highs, s, b, token_slots, blocks, count, tile, part, at + HALF, half, rank_stride,
                        s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
         second = high.to(tl.float32) + delta
         is_rotated = head < HEADS + KV_HEADS

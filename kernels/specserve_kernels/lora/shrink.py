@@ -135,13 +135,22 @@ def _write(total, s, token_weights, tile, group, begin, place, s_stride, rank_st
 
 
 @triton.jit
-def _finish(product, s, partial, arrivals, token_weights, tile, split, group, begin, place,
+def _tell(ready):
+    """One group's s more is there."""
+    if ready is not None:
+        tl.debug_barrier()  # all threads' s is written before one of them says so
+        tl.atomic_add(ready, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _finish(product, s, partial, arrivals, ready, token_weights, tile, split, group, begin, place,
             s_stride, rank_stride, part_size, most,
             TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
     """Keep the product [TILE, 64] of one split; the last program of the group adds all and writes s."""
     total = tl.reshape(product, [TILE, _COLUMNS // 16, 16])
     if SPLITS == 1:
         _write(total, s, token_weights, tile, group, begin, place, s_stride, rank_stride, TILE, PARTS, DENSE)
+        _tell(ready)
     else:
         r = tl.arange(0, 16)[None, None, :]
         mask = (place >= 0)[:, :, None] & (r >= 0)
@@ -158,12 +167,53 @@ def _finish(product, s, partial, arrivals, token_weights, tile, split, group, be
                     at, there = cell + (k + j) * part_size, mask & (k + j < SPLITS)
                     total += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             _write(total, s, token_weights, tile, group, begin, place, s_stride, rank_stride, TILE, PARTS, DENSE)
+            _tell(ready)
 
 
 @triton.jit
 def _wait_if(needed):
     if needed:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def shrink_few(
+    x, a, s, partial, arrivals, ready, token_slots, token_weights, counts, blocks, program, tile,
+    num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
+    DEPTH: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split, DEPTH * CHUNKS features of x, times every LANES-th group. ready: None, or counts the groups of which s
+    is there, for whoever waits in the same launch."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    split, group = program % SPLITS, program // SPLITS
+    count, blocks = tl.load(counts + tile), blocks + tile * most
+    groups = tl.cdiv(count, _COLUMNS // 16) * PARTS
+    token = tile * TILE + tl.arange(0, TILE)
+    i = split * (DEPTH * CHUNKS) + tl.arange(0, DEPTH)[None, :]
+    rows, live, begin, place = _group(
+        a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
+    )
+    a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
+    if PDL:
+        _wait_if((group < groups) | (program == 0))  # one at least: it ends after those in front of it
+    x_rows, there = x + token.to(tl.int64)[:, None] * x_stride, (token < num_tokens)[:, None]
+    x_tile = tl.load(x_rows + i, mask=there & (i < in_features) & (group < groups), other=0.0)
+    while group < groups:
+        product = tl.dot(x_tile, tl.trans(a_tile), input_precision=PRECISION)
+        for chunk in tl.range(1, CHUNKS, num_stages=STAGES):
+            at = i + chunk * DEPTH
+            more_x = tl.load(x_rows + at, mask=there & (at < in_features), other=0.0)
+            more_a = tl.load(rows[:, None] + at, mask=live[:, None] & (at < in_features), other=0.0)
+            product = tl.dot(more_x, tl.trans(more_a), product, input_precision=PRECISION)
+        _finish(product, s, partial, arrivals, ready, token_weights, tile, split, group, begin, place,
+                s_stride, rank_stride, part_size, most, TILE, PARTS, SPLITS, True)  # fmt: skip
+        group += LANES
+        rows, live, begin, place = _group(
+            a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
+        )
+        a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
 
 
 @relaunched
@@ -174,36 +224,10 @@ def _shrink_few_kernel(
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
     DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split, DEPTH * CHUNKS features of x, times every LANES-th group."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    tile, split, group = tl.program_id(1), tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
-    count, blocks = tl.load(counts + tile), blocks + tile * most
-    groups = tl.cdiv(count, _COLUMNS // 16) * PARTS
-    token = tile * TILE + tl.arange(0, TILE)
-    i = split * (DEPTH * CHUNKS) + tl.arange(0, DEPTH)[None, :]
-    rows, live, begin, place = _group(
-        a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
-    )
-    a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
-    if PDL:
-        _wait_if((group < groups) | (tl.program_id(0) == 0))  # one at least: it ends after those in front of it
-    x_rows, there = x + token.to(tl.int64)[:, None] * x_stride, (token < num_tokens)[:, None]
-    x_tile = tl.load(x_rows + i, mask=there & (i < in_features) & (group < groups), other=0.0)
-    while group < groups:
-        product = tl.dot(x_tile, tl.trans(a_tile), input_precision=PRECISION)
-        for chunk in tl.range(1, CHUNKS, num_stages=1):
-            at = i + chunk * DEPTH
-            more_x = tl.load(x_rows + at, mask=there & (at < in_features), other=0.0)
-            more_a = tl.load(rows[:, None] + at, mask=live[:, None] & (at < in_features), other=0.0)
-            product = tl.dot(more_x, tl.trans(more_a), product, input_precision=PRECISION)
-        _finish(product, s, partial, arrivals, token_weights, tile, split, group, begin, place,
-                s_stride, rank_stride, part_size, most, TILE, PARTS, SPLITS, True)  # fmt: skip
-        group += LANES
-        rows, live, begin, place = _group(
-            a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
-        )
-        a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
+    shrink_few(x, a, s, partial, arrivals, None, token_slots, token_weights, counts, blocks,
+               tl.program_id(0), tl.program_id(1),
+               num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most,
+               M, TILE, PARTS, SPLITS, LANES, DEPTH, CHUNKS, 1, PRECISION, PDL)  # fmt: skip
 
 
 @relaunched
@@ -233,6 +257,6 @@ def _shrink_many_kernel(
             x_tile = tl.load(x_rows + i, mask=there & (i < in_features), other=0.0)
             a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
             product = tl.dot(x_tile, tl.trans(a_tile), product, input_precision=PRECISION)
-        _finish(product, s, partial, arrivals, token_weights, tile, split, group, begin, place,
+        _finish(product, s, partial, arrivals, None, token_weights, tile, split, group, begin, place,
                 s_stride, rank_stride, part_size, most, TILE, PARTS, SPLITS, False)  # fmt: skip
         group += LANES

@@ -26,7 +26,39 @@ _PROGRAMS = 132  # multiprocessors
 
 
 @triton.jit
-def _add_parts(sums, workspace, arrival, part, parts_stride, SPLITS: tl.constexpr):
+def part_of(part, in_dim, BK: tl.constexpr, SPLITS: tl.constexpr):
+    """Where along `in` a part begins and ends."""
+    width = tl.cdiv(tl.cdiv(in_dim, BK), SPLITS) * BK
+    begin = part * width
+    return begin, tl.minimum(begin + width, in_dim)
+
+
+@triton.jit
+def first_codes(w, rows, begin, end, in_dim, BK: tl.constexpr):
+    """A part's first tile of W [BN, BK]."""
+    k = begin + tl.arange(0, BK)[None, :]
+    return tl.load(w + rows.to(tl.int64)[:, None] * in_dim + k, mask=k < end, other=0.0)
+
+
+@triton.jit
+def multiply(codes, x, w, rows, token, begin, end, count, in_dim, x_stride,
+             BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A part's sums [BN, TOKENS] of codes times x, after its first tile's `codes` came."""
+    kind: tl.constexpr = x.dtype.element_ty
+    k = tl.arange(0, BK)
+    w_at = w + rows.to(tl.int64)[:, None] * in_dim + k[None, :]
+    x_at = x + tl.minimum(token, count - 1).to(tl.int64)[None, :] * x_stride + k[:, None]
+    values = tl.load(x_at + begin, mask=k[:, None] + begin < end, other=0.0)
+    sums = tl.dot(codes.to(tl.float32).to(kind), values, input_precision=PRECISION)
+    for start in tl.range(begin + BK, end, BK, num_stages=STAGES):
+        codes = tl.load(w_at + start, mask=k[None, :] + start < end, other=0.0)
+        values = tl.load(x_at + start, mask=k[:, None] + start < end, other=0.0)
+        sums = tl.dot(codes.to(tl.float32).to(kind), values, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def add_parts(sums, workspace, arrival, part, parts_stride, SPLITS: tl.constexpr):
     """Store this part's sums [BN, TOKENS]. The last to arrive: all parts' sum, and True."""
     BN: tl.constexpr = sums.shape[0]
     TOKENS: tl.constexpr = sums.shape[1]
@@ -44,10 +76,9 @@ def _add_parts(sums, workspace, arrival, part, parts_stride, SPLITS: tl.constexp
 
 
 @triton.jit
-def _write(sums, scale, out, tile, token, count, out_dim, out_stride,
-           BN: tl.constexpr, TOKENS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
-    """What follows on the sums [BN, TOKENS] of codes."""
-    y = sums * scale[:, None]
+def write(y, out, tile, token, count, out_dim, out_stride,
+          BN: tl.constexpr, TOKENS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """What follows on the product [BN, TOKENS]."""
     if GATED:
         gate, up = tl.split(tl.trans(tl.reshape(y, (BN // 2, 2, TOKENS)), 0, 2, 1))
         y = gate_of(gate, up)
@@ -70,32 +101,21 @@ def _rows_kernel(
 ):  # fmt: skip
     """Program (p, q): part p % SPLITS of tile p // SPLITS of W, tile q of x. parts_stride: fp32 of a part."""
     tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    kind: tl.constexpr = x.dtype.element_ty
     rows = weight_rows(tl.arange(0, BN), tile, out_dim, BN, GATED)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    width = tl.cdiv(tl.cdiv(in_dim, BK), SPLITS) * BK
-    begin = part * width
-    end = tl.minimum(begin + width, in_dim)
-    k = tl.arange(0, BK)
-    w_at = w + rows.to(tl.int64)[:, None] * in_dim + k[None, :]
-    x_at = x + tl.minimum(token, count - 1).to(tl.int64)[None, :] * x_stride + k[:, None]
-    codes = tl.load(w_at + begin, mask=k[None, :] + begin < end, other=0.0)
+    begin, end = part_of(part, in_dim, BK, SPLITS)
+    codes = first_codes(w, rows, begin, end, in_dim, BK)
     scale = tl.load(scales + rows)
     wait(PDL)
-    values = tl.load(x_at + begin, mask=k[:, None] + begin < end, other=0.0)
-    sums = tl.dot(codes.to(tl.float32).to(kind), values, input_precision=PRECISION)
-    for start in tl.range(begin + BK, end, BK, num_stages=STAGES):
-        codes = tl.load(w_at + start, mask=k[None, :] + start < end, other=0.0)
-        values = tl.load(x_at + start, mask=k[:, None] + start < end, other=0.0)
-        sums = tl.dot(codes.to(tl.float32).to(kind), values, sums, input_precision=PRECISION)
+    sums = multiply(codes, x, w, rows, token, begin, end, count, in_dim, x_stride, BK, STAGES, PRECISION)
     if SPLITS > 1:
         place = tl.program_id(1) * (tl.num_programs(0) // SPLITS) + tile
         share = workspace + place.to(tl.int64) * (BN * TOKENS)
-        sums, last = _add_parts(sums, share, arrivals + place, part, parts_stride, SPLITS)
+        sums, last = add_parts(sums, share, arrivals + place, part, parts_stride, SPLITS)
         if last:
-            _write(sums, scale, out, tile, token, count, out_dim, out_stride, BN, TOKENS, GATED, RESIDUAL)
+            write(sums * scale[:, None], out, tile, token, count, out_dim, out_stride, BN, TOKENS, GATED, RESIDUAL)
     else:
-        _write(sums, scale, out, tile, token, count, out_dim, out_stride, BN, TOKENS, GATED, RESIDUAL)
+        write(sums * scale[:, None], out, tile, token, count, out_dim, out_stride, BN, TOKENS, GATED, RESIDUAL)
 
 
 def choose_cut(rows: int, out_rows: int, in_dim: int) -> Cut:
