@@ -1,7 +1,7 @@
 """Weights in one byte each: quantised while they are loaded, multiplied as codes (specserve_kernels.skinny.quantised).
 
-Activations, embeddings, norms, biases and adapters keep the model's dtype. Adapters are added beside the product, not
-folded into it.
+Activations, embeddings, norms, biases and adapters keep the model's dtype. Products of few bfloat16 rows take adapters
+into themselves; else these are added beside the product.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from specserve.layers.context import LoraApplier
 from specserve.layers.storage import Parameter, whole
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.lora.folded import Folded
+from specserve_kernels.lora.grouped import GroupedLora
 from specserve_kernels.skinny.codes import Coded, Kind, empty_coded
 from specserve_kernels.skinny.linear import Norm, arrivals
-from specserve_kernels.skinny.quantised import quantised_linear
+from specserve_kernels.skinny.quantised import quantised_linear, takes_lora
 
 
 class QuantisedStorage:
@@ -41,20 +42,22 @@ class QuantisedStorage:
         return parts
 
     def matmul(self, x: Tensor, norm: Norm | None = None, *, gated: bool = False, lora: Folded | None = None) -> Tensor:
-        assert lora is None, "nothing is folded into codes"
         if self._bias is None:
-            return quantised_linear(x, self._coded, norm=norm, gated=gated, arrivals=self._arrivals)
+            return quantised_linear(x, self._coded, norm=norm, gated=gated, arrivals=self._arrivals, lora=lora)
+        assert lora is None, "see fold"
         y = quantised_linear(x, self._coded, norm=norm, arrivals=self._arrivals).add_(self._bias)
         return silu_mul(y) if gated else y
 
     def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None) -> None:
-        assert lora is None, "nothing is folded into codes"
-        quantised_linear(x, self._coded, residual=y, arrivals=self._arrivals)
+        quantised_linear(x, self._coded, residual=y, arrivals=self._arrivals, lora=lora)
         if self._bias is not None:
             y.add_(self._bias)
 
-    def fold(self, x: Tensor, lora: LoraApplier, linear_index: int) -> None:
-        return None
+    def fold(self, x: Tensor, lora: LoraApplier, linear_index: int) -> Folded | None:
+        if self._bias is not None or not isinstance(lora, GroupedLora):
+            return None
+        fits = lora.foldable and takes_lora(x, self._coded, lora.linears[linear_index])
+        return lora.fold(linear_index, x) if fits else None
 
 
 class QuantisedHead:

@@ -4,12 +4,13 @@
     residual  y = residual + x Wᵀ                      residual: [rows, out], overwritten with y
     norm      y = rsqrt(mean(x²) + eps) (x * g) Wᵀ     RMSNorm first (g: [in])
     gated     y = silu(x Wgᵀ) * (x Wuᵀ)                W = [Wg; Wu]: [2 out, in]; y: [rows, out]
+    lora      x Wᵀ + Σ s·B wherever x Wᵀ stands        s = x Aᵀ; of `GroupedLora.fold`, where `takes_lora`
 
 Only weights are quantised: x keeps its dtype, codes are widened to it in registers, which is exact, sums are fp32 and
 take their scale at the end. So a row's result does not depend on how many there are, except for rounding. One row goes
-through skinny.linear's kernel, up to MAX_ROWS through quantised_rows, with the norm as a kernel of its own; more rows
-multiply by the decoded matrix, with the library: what decoding costs (five bytes moved an element) is then little
-beside the product.
+through skinny.linear's kernel, up to MAX_ROWS through quantised_rows, with the norm as a kernel of its own, a few with
+adapters through quantised_lora; more rows multiply by the decoded matrix, with the library: what decoding costs (five
+bytes moved an element) is then little beside the product.
 
 On a CPU, int8 and few rows of float32 take torch's weight-only product, which rounds x and y to bfloat16.
 """
@@ -24,10 +25,13 @@ from torch import Tensor
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import backend
 from specserve_kernels.language import cdiv
+from specserve_kernels.lora.folded import Folded
+from specserve_kernels.lora.grouped import SlotFactors
 from specserve_kernels.norm import rms_norm
 from specserve_kernels.overlap import overlaps
 from specserve_kernels.skinny.codes import Coded, decode
 from specserve_kernels.skinny.linear import Cut, Norm, one_row_kernel, skinny_linear_ref
+from specserve_kernels.skinny.quantised_lora import fits, quantised_lora_triton
 from specserve_kernels.skinny.quantised_rows import quantised_rows_triton
 
 MAX_ROWS = 512
@@ -80,16 +84,21 @@ def quantised_linear(
     norm: Norm | None = None,
     gated: bool = False,
     arrivals: Tensor | None = None,
+    lora: Folded | None = None,
 ) -> Tensor:
     """x [rows, in] times weight [out, in] → [rows, out]; onto a residual, in place; gated: [rows, out / 2].
 
-    arrivals: int32 zeros, as skinny.linear's. Any number of rows.
+    arrivals: int32 zeros, as skinny.linear's. Any number of rows. lora: what the adapters add, of this very x, which is
+    normed already; `takes_lora` must have said so.
     """
     assert x.shape[-1] == weight.codes.shape[1], (x.shape, weight.codes.shape)
     assert x.stride(-1) == 1, x.stride()
     assert weight.codes.is_contiguous(), weight.codes.stride()
     assert residual is None or (not gated and residual.shape == (x.shape[0], weight.codes.shape[0])), residual
     assert residual is None or residual.stride(-1) == 1, residual.stride()
+    if lora is not None:
+        assert norm is None, "the adapters have read x already"
+        return quantised_lora_triton(x, weight, lora, residual, gated, arrivals)
     if backend(x, _IMPLEMENTATIONS) == "triton" and x.shape[0] <= MAX_ROWS:
         if x.shape[0] == 1:
             return quantised_one_row_triton(x, weight, residual, norm, gated)
@@ -104,6 +113,11 @@ def quantised_linear(
         return residual.addmm_(x, matrix)
     y = torch.mm(x, matrix)
     return silu_mul(y) if gated else y
+
+
+def takes_lora(x: Tensor, weight: Coded, factors: SlotFactors) -> bool:
+    """Whether `quantised_linear` adds these adapters' share to x [rows, in] times weight."""
+    return backend(x, _IMPLEMENTATIONS) == "triton" and fits(x, weight, factors)
 
 
 def suits_cpu(x: Tensor, weight: Coded) -> bool:
