@@ -1,5 +1,5 @@
-"""The kernels' samples follow the target's distribution: χ² over 10⁶ rows, as tests/sampling/test_verify_distribution.py
-does for the references; and it finds a wrong q out."""
+"""The kernels' samples follow the target's distribution: χ² over 10⁶ rows, as
+tests/sampling/test_verify_distribution.py does for the references; and it finds a wrong q out."""
 
 from __future__ import annotations
 

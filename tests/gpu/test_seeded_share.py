@@ -1,12 +1,12 @@
 """How many seeded answers are the very same with and without speculation where numbers are rounded.
 
-In exact arithmetic all are (tests/laws/test_coupled.py). On a GPU a verification may sum in another order than a decode.
-Then the gap between a position's two best choices is off by some δ, and where the gap is smaller another token is
-chosen. With Gumbel noise the gap is below a small δ with probability δ · (1 − Σ p²) / T (p: the distribution sampled
-from, T its temperature). Between two tokens mean |δ| · (1 − Σ p²) is just e, the mean difference of the log-probability
-of the token that is drawn, which is measured here where both runs chose it after the same text. So an answer of L tokens
-stays the same with probability exp(−L · e / T); the floor is that of twice the error. A share below it has another cause
-than rounding.
+In exact arithmetic all are (tests/laws/test_coupled.py). On a GPU a verification may sum in another order than a
+decode. Then the gap between a position's two best choices is off by some δ, and where the gap is smaller another
+token is chosen. With Gumbel noise the gap is below a small δ with probability δ · (1 − Σ p²) / T (p: the distribution
+sampled from, T its temperature). Between two tokens mean |δ| · (1 − Σ p²) is just e, the mean difference of the log-
+probability of the token that is drawn, which is measured here where both runs chose it after the same text. So an
+answer of L tokens stays the same with probability exp(−L · e / T); the floor is that of twice the error. A share
+below it has another cause than rounding.
 """
 
 from __future__ import annotations
