@@ -48,8 +48,9 @@ class DraftWatch:
         lengths = batch.num_tokens.clone()
         holders = {request.row: request.request_id for request in self._core.scheduler.running}
         drafts: Drafts = self._propose(batch)
-        if drafts.probs is not None:
-            chosen = drafts.probs.gather(-1, drafts.tokens.unsqueeze(-1)).squeeze(-1).log()
+        probs = drafts.written_out()
+        if probs is not None:
+            chosen = probs.gather(-1, drafts.tokens.unsqueeze(-1)).squeeze(-1).log()
             ids = [holders.get(row, "") for row in batch.rows.tolist()]
             self._seen.append((ids, lengths, drafts.tokens.clone(), drafts.counts.clone(), chosen))
         return drafts

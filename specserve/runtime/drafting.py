@@ -96,13 +96,14 @@ def merge_drafts(parts: list[tuple[Tensor, Drafts]], num_rows: int, vocab_size: 
     width = max(drafts.tokens.shape[1] for _, drafts in parts)
     tokens = torch.zeros(num_rows, width, dtype=torch.int64, device=device)
     counts = torch.zeros(num_rows, dtype=torch.int64, device=device)
-    dtypes = [drafts.probs.dtype for _, drafts in parts if drafts.probs is not None]
+    written = [drafts.written_out() for _, drafts in parts]
+    dtypes = [one.dtype for one in written if one is not None]
     probs = torch.zeros(num_rows, width, vocab_size, dtype=dtypes[0], device=device) if dtypes else None
-    for where, drafts in parts:
+    for (where, drafts), one in zip(parts, written, strict=True):
         depth = drafts.tokens.shape[1]
         tokens[where, :depth] = drafts.tokens
         counts[where] = drafts.counts
         if probs is not None:
             one_hot = torch.nn.functional.one_hot(drafts.tokens, vocab_size).to(probs.dtype)
-            probs[where, :depth] = one_hot if drafts.probs is None else drafts.probs
+            probs[where, :depth] = one_hot if one is None else one
     return Drafts(tokens, counts, probs)

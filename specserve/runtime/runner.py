@@ -22,7 +22,7 @@ from specserve.runtime.step_graphs import Sizes, StepGraphs, run_ragged
 from specserve.runtime.ticket import AskedLogprobs, EmptyStep, SampledStep, Ticket
 from specserve.sampling.batch import SamplingBatch
 from specserve.sampling.logprobs import logprobs
-from specserve.sampling.processors import only_temperature, process
+from specserve.sampling.processors import prepare
 from specserve.sampling.sample import sample
 from specserve.speculation.proposer import Drafts
 from specserve.speculation.registry import ProposerRegistry
@@ -140,12 +140,10 @@ class ModelRunner:
         num_tokens = self.rows.num_tokens[inputs.sampling_rows]  # [S]
         if drafts is None:
             return sample(logits, sampling, num_tokens), None
-        divisor = sampling.divisor if sampling.any_temperature else None
-        if not only_temperature(sampling):
-            logits, divisor = process(logits, sampling, drafts.tokens), None
+        target = prepare(logits, sampling, drafts.tokens)
         verified = verify(
-            logits, drafts.tokens, drafts.counts, drafts.probs, sampling.seed, num_tokens, sampling.temperature,
-            sampling.is_coupled, divisor,
+            target.logits, drafts.tokens, drafts.counts, drafts.probs, sampling.seed, num_tokens, sampling.temperature,
+            sampling.is_coupled, target.divisor, target.cut,
             any_coupled=sampling.any_coupled, any_rejection=sampling.any_rejection,
         )  # fmt: skip
         if inputs.draft_limits is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from specserve.sampling import logit_bias, min_p, min_tokens, penalties, temperature, top_k_top_p
 from specserve.sampling.batch import SamplingBatch
+from specserve_kernels.sampling.selection import Truncated, truncate
 
 
 class Processor(NamedTuple):
@@ -39,6 +40,9 @@ PROCESSORS = (
 )
 
 
+_LATE = (temperature.apply, top_k_top_p.apply)  # what `prepare` may leave to who reads the logits next
+
+
 def process(logits: Tensor, batch: SamplingBatch, drafts: Tensor) -> Tensor:
     """Raw logits → processed ones, whose softmax is what the request asked to sample from.
 
@@ -46,15 +50,29 @@ def process(logits: Tensor, batch: SamplingBatch, drafts: Tensor) -> Tensor:
     (past a row's count: anything). The Q positions are the last of D + 1: verification has Q = D + 1, the draft model's
     own step after D drafts has Q = 1. float64 stays, all else becomes float32; the result may be the input itself.
     """
+    return _apply(PROCESSORS, logits, batch, drafts)
+
+
+def prepare(logits: Tensor, batch: SamplingBatch, drafts: Tensor) -> Truncated:
+    """As `process`, but nothing is copied that no other processor changes: the temperature, and what top_k and top_p
+    leave, are numbers beside the logits. logits are dense in the vocabulary.
+    """
+    divisor = batch.divisor if batch.any_temperature else None
+    if any(processor.is_active(batch) for processor in PROCESSORS if processor.apply not in _LATE):
+        logits, divisor = _apply(PROCESSORS[:-1], logits, batch, drafts), None
+    if not top_k_top_p.is_active(batch):
+        return Truncated(logits, divisor)
+    return truncate(
+        logits if logits.stride(-1) == 1 else logits.contiguous(), divisor, batch.top_k, batch.top_p,
+        max_top_k=batch.max_top_k, any_top_p=batch.any_top_p, any_top_p_alone=batch.any_top_p_alone,
+    )  # fmt: skip
+
+
+def _apply(processors: tuple[Processor, ...], logits: Tensor, batch: SamplingBatch, drafts: Tensor) -> Tensor:
     assert drafts.shape[1] >= logits.shape[1] - 1
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    for processor in PROCESSORS:
+    for processor in processors:
         if processor.is_active(batch):
             logits = processor.apply(logits, batch, drafts)
     return logits
-
-
-def only_temperature(batch: SamplingBatch) -> bool:
-    """Whether no processor but the temperature does anything to this batch."""
-    return not any(processor.is_active(batch) for processor in PROCESSORS if processor.apply is not temperature.apply)

@@ -38,16 +38,18 @@ def choose(first: Drafts, second: Drafts, vocab_size: int) -> Drafts:
     found = first.counts > 0  # [B]
     tokens = torch.where(found[:, None], first.tokens, second.tokens)
     counts = torch.where(found, first.counts, second.counts)
-    having = first.probs if first.probs is not None else second.probs
+    probs = [drafts.written_out() for drafts in (first, second)]
+    having = next((one for one in probs if one is not None), None)
     if having is None:
         return Drafts(tokens, counts)
-    first_probs, second_probs = (_probs(drafts, having.dtype, vocab_size) for drafts in (first, second))
+    first_probs, second_probs = (
+        _one_hot(drafts.tokens, having.dtype, vocab_size) if one is None else one
+        for drafts, one in zip((first, second), probs, strict=True)
+    )
     return Drafts(tokens, counts, torch.where(found[:, None, None], first_probs, second_probs))
 
 
-def _probs(drafts: Drafts, dtype: torch.dtype, vocab_size: int) -> Tensor:
-    """What the tokens were drawn from [B, K, vocab]; one-hot where the proposer was sure of them."""
-    if drafts.probs is not None:
-        return drafts.probs
-    hot = torch.zeros(*drafts.tokens.shape, vocab_size, dtype=dtype, device=drafts.tokens.device)
-    return hot.scatter_(2, drafts.tokens.unsqueeze(2), 1.0)
+def _one_hot(tokens: Tensor, dtype: torch.dtype, vocab_size: int) -> Tensor:
+    """What tokens [B, K] were drawn from by a proposer that is sure of them: [B, K, vocab]."""
+    hot = torch.zeros(*tokens.shape, vocab_size, dtype=dtype, device=tokens.device)
+    return hot.scatter_(2, tokens.unsqueeze(2), 1.0)

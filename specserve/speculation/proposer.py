@@ -9,6 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from specserve.sampling.batch import SamplingBatch
+from specserve_kernels.sampling.cut import DraftSoftmax
 
 ForwardFn = Callable[[Tensor], Tensor]
 """Draft forward given by the runner: positions [B, Q] int64 of tokens in the rows' history → logits [B, vocab] of each
@@ -44,13 +45,17 @@ class DraftBatch:
 class Drafts:
     """`tokens` [B, K] int64; `counts` [B] int64 ≤ num_drafts: how many of a row's K are real.
 
-    `probs` [B, K, vocab]: the exact processed distribution that each token was drawn from, or None if the proposer is
-    sure of its tokens (one-hot).
+    `probs` [B, K, vocab]: the exact processed distribution that each token was drawn from, written out or by the logits
+    it follows from; or None if the proposer is sure of its tokens (one-hot).
     """
 
     tokens: Tensor
     counts: Tensor
-    probs: Tensor | None = None
+    probs: Tensor | DraftSoftmax | None = None
+
+    def written_out(self) -> Tensor | None:
+        """`probs` as a tensor, for who mixes them with others'."""
+        return self.probs.probs(self.tokens) if isinstance(self.probs, DraftSoftmax) else self.probs
 
 
 class Proposer(Protocol):

@@ -34,6 +34,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     interpreter.InterpreterBuilder.create_dot = _dot_of_wide
 
+    def _fused(builder: Any, x: Any, y: Any, z: Any) -> Any:
+        """The interpreter rounds the product, which fused is exact, as that of two float32 is in float64."""
+        total = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
+        return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = _fused
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

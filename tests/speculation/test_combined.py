@@ -7,12 +7,14 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from specserve.core.errors import InvalidRequestError
 from specserve.speculation.combined import CombinedProposer, choose
 from specserve.speculation.draft_model import keep_given
 from specserve.speculation.proposer import DraftBatch, Drafts
 from specserve.speculation.registry import ProposerRegistry
+from specserve_kernels.sampling.cut import Cut, DraftSoftmax
 
 VOCAB = 7
 
@@ -42,25 +44,44 @@ def test_rows_that_the_first_found_nothing_for_get_the_second() -> None:
 def test_who_is_sure_is_one_hot_beside_who_is_not() -> None:
     first, second = sure([[1, 2], [0, 0]], [2, 0]), with_probs([[4, 4], [5, 6]], [2, 2])
     chosen = choose(first, second, VOCAB)
-    assert chosen.probs is not None and second.probs is not None
+    assert isinstance(chosen.probs, Tensor) and isinstance(second.probs, Tensor)
     assert chosen.probs[0].tolist() == [one_hot(1), one_hot(2)]
     assert torch.equal(chosen.probs[1], second.probs[1])
     other = choose(second, first, VOCAB)
-    assert torch.equal(other.probs, second.probs)
+    assert isinstance(other.probs, Tensor) and torch.equal(other.probs, second.probs)
 
 
 @pytest.mark.parametrize("have_probs", [True, False])
 def test_given_drafts_are_kept(have_probs: bool) -> None:
     given = (with_probs if have_probs else sure)([[1, 2], [3, 0], [0, 0]], [2, 1, 0])
-    own, q = torch.tensor([4, 5, 6]), torch.rand(3, VOCAB, dtype=torch.float64)
-    before = q.clone()
-    token, kept = keep_given(given, 1, own, q)
-    assert token.tolist() == [2, 5, 6]
-    assert kept is not None
-    assert kept[0].tolist() == (given.probs[0, 1].tolist() if given.probs is not None else one_hot(2))
-    assert torch.equal(kept[1:], before[1:])
-    token, kept = keep_given(given, 0, own, None)
-    assert token.tolist() == [1, 3, 6] and kept is None
+    own, kept = torch.tensor([4, 5, 6]), torch.rand(3, 2, VOCAB, dtype=torch.float64)
+    before = kept.clone()
+    assert keep_given(given, 1, own, kept).tolist() == [2, 5, 6]
+    assert kept[0, 1].tolist() == (given.probs[0, 1].tolist() if isinstance(given.probs, Tensor) else one_hot(2))
+    assert torch.equal(kept[1:], before[1:]) and torch.equal(kept[:, 0], before[:, 0])
+    assert keep_given(given, 0, own, None).tolist() == [1, 3, 6]
+
+
+def test_given_drafts_beside_kept_logits_are_one_hot() -> None:
+    given = sure([[1, 2], [3, 0], [0, 0]], [2, 1, 0])
+    logits = torch.randn(3, 2, VOCAB, generator=torch.Generator().manual_seed(1))
+    kept = softmax_of(logits)
+    tokens = torch.stack([keep_given(given, step, torch.tensor([4, 5, 6]), kept) for step in range(2)], dim=1)
+    probs = Drafts(tokens, torch.tensor([2, 2, 2]), kept).written_out()
+    assert probs is not None and tokens.tolist() == [[1, 2], [3, 5], [6, 6]]
+    want = logits.softmax(-1)
+    want[0] = torch.tensor([one_hot(1), one_hot(2)])
+    want[1, 0] = torch.tensor(one_hot(3))
+    torch.testing.assert_close(probs, want)
+
+
+def softmax_of(logits: Tensor) -> DraftSoftmax:
+    """All tokens stay."""
+    shape = logits.shape[:2]
+    largest = logits.amax(-1)
+    total = (logits - largest[..., None]).exp().sum(-1)
+    cut = Cut(torch.full(shape, -torch.inf), torch.full(shape, VOCAB, dtype=torch.int32), largest, total)
+    return DraftSoftmax(logits, None, cut)
 
 
 @dataclass

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
+from specserve_kernels.sampling.cut import Cut, DraftSoftmax, cut_logits
 from specserve_kernels.sampling.random import Stream, uniform
 from specserve_kernels.sampling.tokens import divided, gumbel_argmax, sample
 from specserve_kernels.sampling.verification import verify_triton as run_verification
@@ -79,18 +80,24 @@ def verify_ref(
     processed: Tensor,
     drafts: Tensor,
     draft_counts: Tensor,
-    draft_probs: Tensor | None,
+    draft_probs: Tensor | DraftSoftmax | None,
     seed: Tensor,
     first_position: Tensor,
     temperature: Tensor,
     is_coupled: Tensor,
     divisor: Tensor | None = None,
+    cut: Cut | None = None,
     *,
     any_coupled: bool = True,
     any_rejection: bool = True,
 ) -> Verified:
     """`verify` in torch."""
-    processed = divided(processed, None if divisor is None else divisor[:, None])
+    if cut is None:
+        processed = divided(processed, None if divisor is None else divisor[:, None])
+    else:
+        processed = cut_logits(processed, divisor, cut)
+    if isinstance(draft_probs, DraftSoftmax):
+        draft_probs = draft_probs.probs(drafts.clamp(0, processed.shape[-1] - 1))
     num_drafts = drafts.shape[1]
     steps = torch.arange(num_drafts + 1, device=drafts.device)
     valid = steps[:num_drafts] < draft_counts[:, None]  # [B, K]
@@ -124,12 +131,13 @@ def verify_triton(
     processed: Tensor,
     drafts: Tensor,
     draft_counts: Tensor,
-    draft_probs: Tensor | None,
+    draft_probs: Tensor | DraftSoftmax | None,
     seed: Tensor,
     first_position: Tensor,
     temperature: Tensor,
     is_coupled: Tensor,
     divisor: Tensor | None = None,
+    cut: Cut | None = None,
     *,
     any_coupled: bool = True,
     any_rejection: bool = True,
@@ -139,8 +147,8 @@ def verify_triton(
     return Verified(
         *run_verification(
             processed, drafts.contiguous(), draft_counts.contiguous(),
-            None if draft_probs is None else draft_probs.contiguous(),
-            *rows, None if divisor is None else divisor.contiguous(), any_coupled, any_rejection,
+            draft_probs.contiguous() if isinstance(draft_probs, Tensor) else draft_probs,
+            *rows, None if divisor is None else divisor.contiguous(), cut, any_coupled, any_rejection,
         )
     )  # fmt: skip
 
@@ -152,12 +160,13 @@ def verify(
     processed: Tensor,
     drafts: Tensor,
     draft_counts: Tensor,
-    draft_probs: Tensor | None,
+    draft_probs: Tensor | DraftSoftmax | None,
     seed: Tensor,
     first_position: Tensor,
     temperature: Tensor,
     is_coupled: Tensor,
     divisor: Tensor | None = None,
+    cut: Cut | None = None,
     *,
     any_coupled: bool = True,
     any_rejection: bool = True,
@@ -166,16 +175,17 @@ def verify(
 
     processed [B, K+1, V]: the target's processed logits, dense in V; of any float dtype. drafts [B, K] int64;
     draft_counts [B] int64: a row's drafts from there on are ignored, whatever they hold. draft_probs [B, K, V]: the
-    processed softmax that each draft was drawn from (one-hot for a row whose proposer has none), or None: all one-hot.
+    processed softmax that each draft was drawn from (one-hot for a row whose proposer has none), or None: all one-hot;
+    a DraftSoftmax says the same by the draft's logits.
     seed, first_position [B] int64: the absolute position of the token that position 0 predicts; temperature [B], 0:
     greedy; is_coupled [B] bool. divisor [B], or None: what the logits are still to be divided by (the temperature, 1
-    where greedy), for rows that need no other processing. any_coupled, any_rejection: host knowledge, whether any row
-    of temperature > 0 uses that method; False saves work.
+    where greedy), and cut, or None: what top_k and top_p then leave, for rows that need no other processing.
+    any_coupled, any_rejection: host knowledge, whether any row of temperature > 0 uses that method; False saves work.
     """
     assert processed.shape[:2] == (drafts.shape[0], drafts.shape[1] + 1), "logits must have a position more than drafts"
-    assert draft_probs is None or draft_probs.shape == (*drafts.shape, processed.shape[2])
+    assert not isinstance(draft_probs, Tensor) or draft_probs.shape == (*drafts.shape, processed.shape[2])
     assert processed.stride(-1) == 1, "the vocabulary must be dense"
     return _IMPLEMENTATIONS[backend(processed, _IMPLEMENTATIONS)](
-        processed, drafts, draft_counts, draft_probs, seed, first_position, temperature, is_coupled, divisor,
+        processed, drafts, draft_counts, draft_probs, seed, first_position, temperature, is_coupled, divisor, cut,
         any_coupled=any_coupled, any_rejection=any_rejection,
     )  # fmt: skip

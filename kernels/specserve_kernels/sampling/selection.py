@@ -11,11 +11,15 @@ least of them is needed, no order of token ids. The GPU's way, which never sorts
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from specserve_kernels.dispatch import backend
-from specserve_kernels.sampling.threshold import top_k_top_p_triton
+from specserve_kernels.sampling.cut import Cut, cut_logits
+from specserve_kernels.sampling.threshold import find_cut, top_k_top_p_triton
+from specserve_kernels.sampling.tokens import divided
 
 NUM_CANDIDATES = 256
 
@@ -76,3 +80,63 @@ def top_k_top_p(
     """
     run = _IMPLEMENTATIONS[backend(logits, _IMPLEMENTATIONS)]
     return run(logits, top_k, top_p, max_top_k, any_top_p, any_top_p_alone)
+
+
+class Truncated(NamedTuple):
+    """Processed logits [B, Q, vocab] but for what kernels do as they read them: the division by divisor [B], and the
+    cut; None where nothing is left to do."""
+
+    logits: Tensor
+    divisor: Tensor | None = None
+    cut: Cut | None = None
+
+    def processed(self) -> Tensor:
+        """All of it done: float64 or float32 [B, Q, vocab]."""
+        if self.cut is not None:
+            return cut_logits(self.logits, self.divisor, self.cut)
+        return divided(self.logits, None if self.divisor is None else self.divisor[:, None])
+
+
+def truncate_ref(
+    logits: Tensor,
+    divisor: Tensor | None,
+    top_k: Tensor,
+    top_p: Tensor,
+    max_top_k: int,
+    any_top_p: bool,
+    any_top_p_alone: bool,
+) -> Truncated:
+    x = Truncated(logits, divisor).processed()
+    return Truncated(top_k_top_p_ref(x, top_k, top_p, max_top_k, any_top_p, any_top_p_alone))
+
+
+def truncate_triton(
+    logits: Tensor,
+    divisor: Tensor | None,
+    top_k: Tensor,
+    top_p: Tensor,
+    max_top_k: int,
+    any_top_p: bool,
+    any_top_p_alone: bool,
+) -> Truncated:
+    cut = find_cut(logits, divisor, top_k, top_p, max_top_k, any_top_p, any_top_p_alone)
+    return Truncated(logits, divisor, cut)
+
+
+_TRUNCATE = {"torch": truncate_ref, "triton": truncate_triton}
+
+
+def truncate(
+    logits: Tensor,
+    divisor: Tensor | None,
+    top_k: Tensor,
+    top_p: Tensor,
+    *,
+    max_top_k: int,
+    any_top_p: bool,
+    any_top_p_alone: bool,
+) -> Truncated:
+    """`top_k_top_p` of logits / divisor, for those who sample next: the reference masks, on the GPU the vocabulary is
+    only read and the answer is a Cut. logits of any float dtype, dense in the vocabulary."""
+    run = _TRUNCATE[backend(logits, _TRUNCATE)]
+    return run(logits, divisor, top_k, top_p, max_top_k, any_top_p, any_top_p_alone)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specserve_kernels.dispatch import backend
 from specserve_kernels.sampling.best_token import best_tokens
+from specserve_kernels.sampling.cut import Cut, cut_logits
 from specserve_kernels.sampling.drafting import draw_with_softmax
 from specserve_kernels.sampling.random import Stream, gumbel
 
@@ -96,35 +97,53 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def sample_tokens_ref(
-    logits: Tensor, divisor: Tensor | None, seed: Tensor, first_position: Tensor, temperature: Tensor
+    logits: Tensor,
+    divisor: Tensor | None,
+    seed: Tensor,
+    first_position: Tensor,
+    temperature: Tensor,
+    cut: Cut | None = None,
 ) -> Tensor:
     positions = first_position[:, None] + torch.arange(logits.shape[1], device=logits.device)
+    if cut is not None:
+        logits, divisor = cut_logits(logits, divisor, cut), None
     divisor = None if divisor is None else divisor[:, None]
     return gumbel_argmax_ref(logits, seed[:, None], positions, temperature[:, None], Stream.SAMPLE, divisor)
 
 
 def sample_tokens_triton(
-    logits: Tensor, divisor: Tensor | None, seed: Tensor, first_position: Tensor, temperature: Tensor
+    logits: Tensor,
+    divisor: Tensor | None,
+    seed: Tensor,
+    first_position: Tensor,
+    temperature: Tensor,
+    cut: Cut | None = None,
 ) -> Tensor:
     dense = [None if one is None else one.contiguous() for one in (seed, first_position, temperature, divisor)]
-    return best_tokens(logits, dense[0], dense[1], dense[2], Stream.SAMPLE, dense[3])
+    return best_tokens(logits, dense[0], dense[1], dense[2], Stream.SAMPLE, dense[3], cut)
 
 
 _SAMPLE_TOKENS = {"torch": sample_tokens_ref, "triton": sample_tokens_triton}
 
 
 def sample_tokens(
-    logits: Tensor, divisor: Tensor | None, seed: Tensor, first_position: Tensor, temperature: Tensor
+    logits: Tensor,
+    divisor: Tensor | None,
+    seed: Tensor,
+    first_position: Tensor,
+    temperature: Tensor,
+    cut: Cut | None = None,
 ) -> Tensor:
     """The target's own token at each of Q positions, without a processed copy of the logits.
 
     logits [B, Q, vocab], raw or processed but for the temperature, of any float dtype, dense in their last dimension;
     divisor [B]: the temperature, 1 where greedy (None: 1 everywhere); seed, first_position [B] int64: the absolute
-    position of the token that position 0 predicts; temperature [B], 0: greedy. Returns [B, Q] int64.
+    position of the token that position 0 predicts; temperature [B], 0: greedy; cut: what top_k and top_p leave of these
+    rows. Returns [B, Q] int64.
     """
     assert logits.stride(-1) == 1, "the vocabulary must be dense"
     run = _SAMPLE_TOKENS[backend(logits, _SAMPLE_TOKENS)]
-    return run(logits, divisor, seed, first_position, temperature)
+    return run(logits, divisor, seed, first_position, temperature, cut)
 
 
 def sample(

@@ -5,7 +5,8 @@
     redraw    (row, tile)             rejection rows: best word of the residual, or of the target after the last draft
     finish    (row)                   rejection rows: the redrawn token into its place
 
-The last two run only where some row is a rejection row. Nothing of the size of the vocabulary is written.
+The last two run only where some row is a rejection row. Nothing of the size of the vocabulary is written. Where top_k
+or top_p are in use, p is given by the numbers of `cut.py`, and the survey passes rejection rows by.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.language import cdiv, power_of_2, tl, triton
+from specserve_kernels.launch import relaunched
 from specserve_kernels.sampling.best_token import tile_size, warps_of
+from specserve_kernels.sampling.cut import Cut, DraftSoftmax, cut_off, drafted_probability, load_logits, stays
+from specserve_kernels.sampling.kept_word import KEPT_WARPS, best_kept_word
 from specserve_kernels.sampling.noise import gumbel, noise_key, uniform
 from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
 from specserve_kernels.sampling.random import Stream
@@ -24,8 +28,17 @@ MIN_STEPS = 16  # positions in one register tile: up to 15 drafts compile once
 _ACCEPT = tl.constexpr(int(Stream.ACCEPT))
 _RESIDUAL = tl.constexpr(int(Stream.RESIDUAL))
 _SAMPLE = tl.constexpr(int(Stream.SAMPLE))
+_ONE_HOT, _PROBS, _SOFTMAX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what is known of q
 _FLAGS = ["temperature", "is_coupled"]
-_ROWS = ["seed", "first_position", *_FLAGS, "divisor"]  # one number a row: its alignment is nothing to compile for
+_CUT = ["thresholds", "last_ids", "cut_largest", "cut_totals"]
+_DRAFTED = ["q_logits", "q_divisor", "q_thresholds", "q_last_ids", "q_largest", "q_totals"]
+_ROWS = [
+    "seed",
+    "first_position",
+    *_FLAGS,
+    "divisor",
+    *_CUT,
+]  # one number a row: its alignment is nothing to compile for
 _TINY = tl.constexpr(float(torch.finfo(torch.float32).tiny))
 
 
@@ -34,26 +47,30 @@ def _is_rejection(is_coupled, temperature, row):
     return (tl.load(is_coupled + row) == 0) & (tl.load(temperature + row) > 0)
 
 
-@triton.jit
-def _load_logits(logits, at, keep, divisor, row, DIVIDED: tl.constexpr):
-    x = tl.load(logits + at, mask=keep, other=float("-inf")).to(tl.float32)
-    if DIVIDED:
-        x = tl.div_rn(x, tl.load(divisor + row).to(tl.float32))
-    return x
-
-
+@relaunched
 @triton.jit(do_not_specialize=["num_positions"], do_not_specialize_on_alignment=_ROWS)
 def _survey(
-    words, maxima, sums, logits, seed, first_position, temperature, is_coupled, divisor,
+    words, maxima, sums, logits, seed, first_position, temperature, is_coupled, divisor, thresholds, last_ids,
     vocab, num_positions, stride_row, stride_position,
-    SAMPLED: tl.constexpr, REJECTION: tl.constexpr, DIVIDED: tl.constexpr, TILE: tl.constexpr,
+    SAMPLED: tl.constexpr, REJECTION: tl.constexpr, DIVIDED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // num_positions).to(tl.int64)
+    if CUT and REJECTION and _is_rejection(is_coupled, temperature, row):
+        return
     step, tile = tl.program_id(0) % num_positions, tl.program_id(1)
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tile
     token = tile * TILE + tl.arange(0, TILE)
-    at = row * stride_row + step * stride_position + token
-    x = _load_logits(logits, at, token < vocab, divisor, row, DIVIDED)
+    at = row * stride_row + step * stride_position
+    if CUT:
+        threshold, last_id = tl.load(thresholds + tl.program_id(0)), tl.load(last_ids + tl.program_id(0))
+        key = noise_key(tl.load(seed + row), tl.load(first_position + row) + step, _SAMPLE)
+        best = best_kept_word(
+            logits, at, tile * TILE, vocab, divisor, row, threshold, last_id, key, tl.load(temperature + row) > 0,
+            DIVIDED, TILE,
+        )  # fmt: skip
+        tl.store(words + place, best)
+        return
+    x = load_logits(logits, at + token, token < vocab, divisor, row, DIVIDED)
     if REJECTION and _is_rejection(is_coupled, temperature, row):
         largest, total = tile_statistics(x)
         tl.store(maxima + place, largest)
@@ -64,16 +81,19 @@ def _survey(
     tl.store(words + place, best_word(x, token))
 
 
+@relaunched
 @triton.jit(
     do_not_specialize=["num_drafts", "num_tiles"],
-    do_not_specialize_on_alignment=[*_ROWS, "logits", "drafts", "draft_counts", "draft_probs"],
+    do_not_specialize_on_alignment=[*_ROWS, "logits", "drafts", "draft_counts", *_DRAFTED],
 )
 def _settle(
     tokens, num_tokens, num_accepted, statistics,
-    words, maxima, sums, logits, drafts, draft_counts, draft_probs,
-    seed, first_position, temperature, is_coupled, divisor,
+    words, maxima, sums, logits, drafts, draft_counts,
+    q_logits, q_divisor, q_thresholds, q_last_ids, q_largest, q_totals,
+    seed, first_position, temperature, is_coupled, divisor, thresholds, last_ids, cut_largest, cut_totals,
     vocab, num_drafts, num_tiles, stride_row, stride_position,
-    REJECTION: tl.constexpr, ONE_HOT: tl.constexpr, DIVIDED: tl.constexpr, STEPS: tl.constexpr, TILES: tl.constexpr,
+    REJECTION: tl.constexpr, DRAFTED: tl.constexpr, Q_DIVIDED: tl.constexpr, DIVIDED: tl.constexpr, CUT: tl.constexpr,
+    STEPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """tokens [B, K+1], num_tokens, num_accepted [B] int64; statistics [B, 2] float32: m, s of the last position."""
     row = tl.program_id(0).to(tl.int64)
@@ -88,16 +108,32 @@ def _settle(
     if REJECTION:
         rejects = _is_rejection(is_coupled, temperature, row)
     if rejects:
-        parts_m = tl.load(maxima + place, mask=exists, other=float("-inf"))
-        parts_s = tl.load(sums + place, mask=exists, other=0.0)
-        largest, total = row_statistics(parts_m, parts_s, 1)
         at = row * stride_row + step * stride_position + draft
-        p = probability(_load_logits(logits, at, valid, divisor, row, DIVIDED), largest, total)
-        threshold = uniform(noise_key(tl.load(seed + row), tl.load(first_position + row) + step, _ACCEPT))
-        if not ONE_HOT:
-            q = tl.load(draft_probs + (row * num_drafts + step) * vocab + draft, mask=valid, other=0.0)
-            threshold = threshold * q.to(tl.float64)
-        refused = tl.where(valid & (threshold >= p.to(tl.float64)), step, num_drafts)
+        x = load_logits(logits, at, valid, divisor, row, DIVIDED)
+        if CUT:
+            position, is_step = row * (num_drafts + 1) + step, step <= num_drafts
+            threshold = tl.load(thresholds + position, mask=is_step, other=0.0)
+            last_id = tl.load(last_ids + position, mask=is_step, other=0)
+            largest = tl.load(cut_largest + position, mask=is_step, other=0.0)
+            total = tl.load(cut_totals + position, mask=is_step, other=1.0)
+            x = tl.where(stays(x, draft, threshold, last_id), x, float("-inf"))
+        else:
+            parts_m = tl.load(maxima + place, mask=exists, other=float("-inf"))
+            parts_s = tl.load(sums + place, mask=exists, other=0.0)
+            largest, total = row_statistics(parts_m, parts_s, 1)
+        p = probability(x, largest, total)
+        bar = uniform(noise_key(tl.load(seed + row), tl.load(first_position + row) + step, _ACCEPT))
+        drawn = row * num_drafts + step
+        if DRAFTED == _PROBS:
+            q = tl.load(q_logits + drawn * vocab + draft, mask=valid, other=0.0)
+            bar = bar * q.to(tl.float64)
+        elif DRAFTED == _SOFTMAX:
+            q = drafted_probability(
+                q_logits, q_divisor, q_thresholds, q_last_ids, q_largest, q_totals,
+                drawn * vocab + draft, valid, drawn, valid, row, draft, draft, Q_DIVIDED,
+            )  # fmt: skip
+            bar = bar * q.to(tl.float64)
+        refused = tl.where(valid & (bar >= p.to(tl.float64)), step, num_drafts)
         accepted = tl.minimum(tl.min(refused, axis=0), count)
         tl.store(statistics + row * 2, tl.sum(tl.where(step == accepted, largest, 0.0), axis=0))
         tl.store(statistics + row * 2 + 1, tl.sum(tl.where(step == accepted, total, 0.0), axis=0))
@@ -111,12 +147,16 @@ def _settle(
     tl.store(num_tokens + row, (accepted + 1).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["num_drafts"], do_not_specialize_on_alignment=[*_ROWS, "drafts", "draft_counts"])
+@relaunched
+@triton.jit(
+    do_not_specialize=["num_drafts"], do_not_specialize_on_alignment=[*_ROWS, "drafts", "draft_counts", *_DRAFTED]
+)
 def _redraw(
-    words, spare_words, num_accepted, statistics, logits, draft_counts, drafts, draft_probs,
-    seed, first_position, temperature, is_coupled, divisor,
+    words, spare_words, num_accepted, statistics, logits, draft_counts, drafts,
+    q_logits, q_divisor, q_thresholds, q_last_ids, q_largest, q_totals,
+    seed, first_position, temperature, is_coupled, divisor, thresholds, last_ids,
     vocab, num_drafts, stride_row, stride_position,
-    ONE_HOT: tl.constexpr, DIVIDED: tl.constexpr, TILE: tl.constexpr,
+    DRAFTED: tl.constexpr, Q_DIVIDED: tl.constexpr, DIVIDED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Best word of the residual (p − q)₊, or, in a tile where it is nothing, the spare one of p itself: if it is
     nothing in all tiles, the rejection was rounding error and p is the answer.
@@ -128,7 +168,9 @@ def _redraw(
     rejected = accepted < tl.load(draft_counts + row)
     token = tile * TILE + tl.arange(0, TILE)
     inside = token < vocab
-    x = _load_logits(logits, row * stride_row + accepted * stride_position + token, inside, divisor, row, DIVIDED)
+    x = load_logits(logits, row * stride_row + accepted * stride_position + token, inside, divisor, row, DIVIDED)
+    if CUT:
+        x = cut_off(x, token, thresholds, last_ids, row * (num_drafts + 1) + accepted)
     place = row * tl.num_programs(1) + tile
     if tl.max(x, axis=0) == float("-inf"):  # most tiles after top_k
         tl.store(words + place, NO_WORD)
@@ -138,11 +180,17 @@ def _redraw(
     noise = gumbel(noise_key(tl.load(seed + row), tl.load(first_position + row) + accepted, stream), token)
     if rejected:
         p = probability(x, tl.load(statistics + row * 2), tl.load(statistics + row * 2 + 1))
-        draft = row * num_drafts + accepted
-        if ONE_HOT:
-            q = tl.where(token == tl.load(drafts + draft), 1.0, 0.0)
+        drawn = row * num_drafts + accepted
+        draft = tl.load(drafts + drawn)
+        if DRAFTED == _PROBS:
+            q = tl.load(q_logits + drawn * vocab + token, mask=inside, other=0.0).to(tl.float32)
+        elif DRAFTED == _SOFTMAX:
+            q = drafted_probability(
+                q_logits, q_divisor, q_thresholds, q_last_ids, q_largest, q_totals,
+                drawn * vocab + token, inside, drawn, rejected, row, token, draft, Q_DIVIDED,
+            )  # fmt: skip
         else:
-            q = tl.load(draft_probs + draft * vocab + token, mask=inside, other=0.0).to(tl.float32)
+            q = tl.where(token == draft, 1.0, 0.0)
         residual = p - q
         has_residual = tl.max(residual, axis=0) > 0
         mass = tl.where(has_residual, residual, p)
@@ -154,6 +202,7 @@ def _redraw(
         tl.store(spare_words + place, NO_WORD)
 
 
+@relaunched
 @triton.jit(do_not_specialize=["num_drafts", "num_tiles"], do_not_specialize_on_alignment=_FLAGS)
 def _finish(
     tokens, words, spare_words, num_accepted, temperature, is_coupled, vocab, num_drafts, num_tiles, TILES: tl.constexpr
@@ -168,16 +217,26 @@ def _finish(
     tl.store(tokens + row * (num_drafts + 1) + tl.load(num_accepted + row), token)
 
 
+def _drafted(draft_probs: Tensor | DraftSoftmax | None) -> tuple[int, tuple[Tensor | None, ...]]:
+    """Which kind q is, and the arguments that hold it."""
+    if draft_probs is None:
+        return 0, (None,) * 6
+    if isinstance(draft_probs, DraftSoftmax):
+        return 2, (draft_probs.logits, draft_probs.divisor, *draft_probs.cut)
+    return 1, (draft_probs, *(None,) * 5)
+
+
 def verify_triton(
     processed: Tensor,
     drafts: Tensor,
     draft_counts: Tensor,
-    draft_probs: Tensor | None,
+    draft_probs: Tensor | DraftSoftmax | None,
     seed: Tensor,
     first_position: Tensor,
     temperature: Tensor,
     is_coupled: Tensor,
     divisor: Tensor | None,
+    cut: Cut | None,
     any_coupled: bool,
     any_rejection: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,35 +245,39 @@ def verify_triton(
     num_drafts = num_positions - 1
     rejection = any_rejection and num_drafts > 0
     sampled = any_coupled or (any_rejection and num_drafts == 0)
-    tile = STATISTICS_TILE if rejection else tile_size(num_rows * num_positions, vocab_size)
+    tile = STATISTICS_TILE if rejection or cut is not None else tile_size(num_rows * num_positions, vocab_size)
     num_tiles = cdiv(vocab_size, tile)
     tokens = drafts.new_empty((num_rows, num_positions))
     num_tokens, num_accepted = torch.empty_like(draft_counts), torch.empty_like(draft_counts)
     if num_rows == 0:
         return tokens, num_tokens, num_accepted
     words = drafts.new_empty((num_rows * num_positions, num_tiles))
-    maxima = processed.new_empty((num_rows * num_positions, num_tiles) if rejection else 1, dtype=torch.float32)
+    parts = (num_rows * num_positions, num_tiles) if rejection and cut is None else (1,)
+    maxima = processed.new_empty(parts, dtype=torch.float32)
     sums = torch.empty_like(maxima)
     statistics = processed.new_empty((num_rows, 2), dtype=torch.float32)
     strides = (processed.stride(0), processed.stride(1))
-    rows = (seed, first_position, temperature, is_coupled, divisor)
-    divided, one_hot = divisor is not None, draft_probs is None
+    numbers: tuple[Tensor | None, ...] = (None,) * 4 if cut is None else cut
+    kind, q = _drafted(draft_probs)
+    rows = (seed, first_position, temperature, is_coupled, divisor, *numbers[:2])
+    how = {"DIVIDED": divisor is not None, "CUT": cut is not None}
+    drafted = {"DRAFTED": kind, "Q_DIVIDED": q[1] is not None}
     _survey[(num_rows * num_positions, num_tiles)](
         words, maxima, sums, processed, *rows, vocab_size, num_positions, *strides,
-        SAMPLED=sampled, REJECTION=rejection, DIVIDED=divided, TILE=tile, num_warps=warps_of(tile),
+        SAMPLED=sampled, REJECTION=rejection, **how, TILE=tile,
+        num_warps=warps_of(tile) if cut is None else KEPT_WARPS,
     )  # fmt: skip
     _settle[(num_rows,)](
-        tokens, num_tokens, num_accepted, statistics, words, maxima, sums, processed, drafts, draft_counts,
-        draft_probs, *rows, vocab_size, num_drafts, num_tiles, *strides,
-        REJECTION=rejection, ONE_HOT=one_hot, DIVIDED=divided, TILES=power_of_2(num_tiles),
+        tokens, num_tokens, num_accepted, statistics, words, maxima, sums, processed, drafts, draft_counts, *q,
+        *rows, *numbers[2:], vocab_size, num_drafts, num_tiles, *strides,
+        REJECTION=rejection, **drafted, **how, TILES=power_of_2(num_tiles),
         STEPS=max(power_of_2(num_positions), MIN_STEPS), num_warps=4,
     )  # fmt: skip
     if rejection:
         spare_words = torch.empty_like(words)
         _redraw[(num_rows, num_tiles)](
-            words, spare_words, num_accepted, statistics, processed, draft_counts, drafts, draft_probs,
-            *rows, vocab_size, num_drafts, *strides,
-            ONE_HOT=one_hot, DIVIDED=divided, TILE=tile, num_warps=warps_of(tile),
+            words, spare_words, num_accepted, statistics, processed, draft_counts, drafts, *q,
+            *rows, vocab_size, num_drafts, *strides, **drafted, **how, TILE=tile, num_warps=warps_of(tile),
         )  # fmt: skip
         _finish[(num_rows,)](
             tokens, words, spare_words, num_accepted, temperature, is_coupled, vocab_size, num_drafts, num_tiles,
