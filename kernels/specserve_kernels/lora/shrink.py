@@ -179,11 +179,11 @@ def _wait_if(needed):
 @triton.jit
 def shrink_few(
     x, a, s, partial, arrivals, ready, token_slots, token_weights, counts, blocks, program, tile,
-    num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most,
-    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
-    DEPTH: tl.constexpr, CHUNKS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most, lanes,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, DEPTH: tl.constexpr,
+    CHUNKS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split, DEPTH * CHUNKS features of x, times every LANES-th group. ready: None, or counts the groups of which s
+    """One split, DEPTH * CHUNKS features of x, times every `lanes`-th group. ready: None, or counts the groups whose s
     is there, for whoever waits in the same launch."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -209,7 +209,7 @@ def shrink_few(
             product = tl.dot(more_x, tl.trans(more_a), product, input_precision=PRECISION)
         _finish(product, s, partial, arrivals, ready, token_weights, tile, split, group, begin, place,
                 s_stride, rank_stride, part_size, most, TILE, PARTS, SPLITS, True)  # fmt: skip
-        group += LANES
+        group += lanes
         rows, live, begin, place = _group(
             a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
         )
@@ -226,8 +226,8 @@ def _shrink_few_kernel(
 ):  # fmt: skip
     shrink_few(x, a, s, partial, arrivals, None, token_slots, token_weights, counts, blocks,
                tl.program_id(0), tl.program_id(1),
-               num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most,
-               M, TILE, PARTS, SPLITS, LANES, DEPTH, CHUNKS, 1, PRECISION, PDL)  # fmt: skip
+               num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most, LANES,
+               M, TILE, PARTS, SPLITS, DEPTH, CHUNKS, 1, PRECISION, PDL)  # fmt: skip
 
 
 @relaunched

@@ -117,41 +117,41 @@ def _product(
 
 
 @relaunched
-@triton.jit(do_not_specialize=["count", "most"], do_not_specialize_on_alignment=["fold_arrivals", "ready"])
+@triton.jit(do_not_specialize=["count", "most", "lanes"], do_not_specialize_on_alignment=["fold_arrivals", "ready"])
 def _rows_lora_kernel(
     x, w, scales, out, workspace, arrivals, a, b, s, partial, fold_arrivals, ready, token_slots, token_weights, counts,
     blocks, count, in_dim, out_dim, x_stride, out_stride, parts_stride, rank_stride, s_stride, fold_stride, most,
-    second, third, fourth,
+    lanes, second, third, fourth,
     BN: tl.constexpr, BK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, CUTS: tl.constexpr,
-    LANES: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, FOLD_STAGES: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, CHUNKS: tl.constexpr, FOLD_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first LANES * CUTS programs compute s, the others are those of the product. fold_stride: fp32 of a part of
+    """The first lanes * CUTS programs compute s, the others are those of the product. fold_stride: fp32 of a part of
     s, as parts_stride of y."""
     program = tl.program_id(0)
-    if program < LANES * CUTS:
+    if program < lanes * CUTS:
         shrink_few(x, a, s, partial, fold_arrivals, ready, token_slots, token_weights, counts, blocks, program, 0,
                    count, in_dim, rank_stride, x_stride, s_stride, fold_stride, most,
-                   M, TOKENS, PARTS, CUTS, LANES, DEPTH, CHUNKS, FOLD_STAGES, "tf32", PDL)  # fmt: skip
+                   lanes, M, TOKENS, PARTS, CUTS, DEPTH, CHUNKS, FOLD_STAGES, "tf32", PDL)  # fmt: skip
     else:
         _product(x, w, scales, out, workspace, arrivals, b, s, ready, token_slots, counts, blocks,
-                 program - LANES * CUTS, count, in_dim, out_dim, x_stride, out_stride, parts_stride, rank_stride,
+                 program - lanes * CUTS, count, in_dim, out_dim, x_stride, out_stride, parts_stride, rank_stride,
                  s_stride, second, third, fourth,
                  BN, BK, TOKENS, SPLITS, STAGES, GATED, RESIDUAL, M, PARTS, PDL)  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
-def choose_fold(groups: int, in_dim: int, tokens: int, *, many: bool) -> Cut:
-    """How the `groups` that a batch may use are multiplied by A: each is cut into CUTS of CHUNKS times DEPTH columns,
-    of which the first DEPTH are loaded ahead of x; LANES are worked at together: enough to be done before W was read,
-    and no more, for they come before W's programs. How many groups a batch uses only the device knows."""
+def choose_fold(groups: int, in_dim: int, tokens: int, *, many: bool) -> tuple[int, Cut]:
+    """How many lanes work at the `groups` that a batch may use, and how a group is multiplied by A: in CUTS of CHUNKS
+    times DEPTH columns, of which the first DEPTH are loaded ahead of x. As many lanes as are done before W was read,
+    and no more: they come before W's programs. How many groups a batch uses only the device knows."""
     depth = 128 if tokens <= 16 else 64
     cuts = max(1, min(16, in_dim // 256))
     chunks = cdiv(in_dim, depth * cuts)
     cuts = cdiv(in_dim, depth * chunks)
     lanes = max(1, min(groups, (_MANY_FOLDS if many else _FOLDS) // cuts))
     stages = 3 if tokens <= 16 else 2
-    return {"CUTS": cuts, "LANES": lanes, "DEPTH": depth, "CHUNKS": chunks, "FOLD_STAGES": stages}
+    return lanes, {"CUTS": cuts, "DEPTH": depth, "CHUNKS": chunks, "FOLD_STAGES": stages}
 
 
 def _registers(tokens: int, chunks: int) -> int:
@@ -195,17 +195,17 @@ def quantised_lora_triton(
     part = programs * cut["BN"] * tokens
     workspace = scales if splits == 1 else scales.new_empty(splits * part)
     most = tiles.blocks.shape[1]
-    fold = choose_fold(cdiv(most, GROUP) * parts, in_dim, tokens, many=lora.many)
+    lanes, fold = choose_fold(cdiv(most, GROUP) * parts, in_dim, tokens, many=lora.many)
     s = x.new_empty(parts, tokens, cdiv(most, GROUP) * GROUP * RANK_BLOCK)
     fold_part = tokens * per_row * parts * lora.rank_stride
     partial = scales.new_empty(fold["CUTS"] * fold_part)
     starts = [*accumulate(lora.widths[:-1]), out_dim, out_dim, out_dim][:3]
     overlap = overlaps(x)
-    _rows_lora_kernel[(fold["LANES"] * fold["CUTS"] + programs * splits,)](
+    _rows_lora_kernel[(lanes * fold["CUTS"] + programs * splits,)](
         x, codes, scales, out, workspace, scales if arrivals is None else arrivals, lora.a, lora.b, s, partial,
         lora.arrivals, lora.ready, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
         rows, in_dim, out_dim, x.stride(0), out.stride(0), part, lora.rank_stride, s.shape[-1], fold_part, most,
-        *starts,
+        lanes, *starts,
         BN=cut["BN"], BK=cut["BK"], TOKENS=tokens, SPLITS=splits, STAGES=cut["STAGES"], GATED=gated,
         RESIDUAL=residual is not None, M=per_row, PARTS=parts, **fold, PDL=overlap,
         num_warps=cut["warps"],
