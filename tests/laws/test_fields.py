@@ -55,6 +55,10 @@ VARIANTS = (
 SAMPLED = (
     Variant("temperature", {"temperature": 0.5}),
     Variant("temperature", {"temperature": 1.5}),
+    # Tokens that come again within a round, where penalties see the drafts before them.
+    Variant("repetition_penalty", {"repetition_penalty": 1.8, "temperature": 0.2}),
+    Variant("presence_penalty", {"presence_penalty": 2.0, "temperature": 0.2}),
+    Variant("frequency_penalty", {"frequency_penalty": 2.0, "temperature": 0.2}),
     Variant("top_k", {"top_k": 1}),
     Variant("top_k", {"top_k": 6}),
     Variant("top_p", {"top_p": 0.6}),
