@@ -17,45 +17,28 @@ from torch import Tensor
 from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.sampling.best_token import tile_size, warps_of
-from specserve_kernels.sampling.cut import Cut, DraftSoftmax, cut_off, drafted_probability, load_logits, stays
+from specserve_kernels.sampling.cut import Cut, DraftSoftmax, drafted_probability, load_logits, stays
 from specserve_kernels.sampling.kept_word import KEPT_WARPS, best_kept_word
 from specserve_kernels.sampling.noise import gumbel, noise_key, uniform
 from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
 from specserve_kernels.sampling.random import Stream
+from specserve_kernels.sampling.redraw import DRAFTED_BY, PROBS, ROWS, SOFTMAX, finish, is_rejection, redraw
 from specserve_kernels.sampling.softmax_parts import STATISTICS_TILE, probability, row_statistics, tile_statistics
 
 MIN_STEPS = 16  # positions in one register tile: up to 15 drafts compile once
 _ACCEPT = tl.constexpr(int(Stream.ACCEPT))
-_RESIDUAL = tl.constexpr(int(Stream.RESIDUAL))
 _SAMPLE = tl.constexpr(int(Stream.SAMPLE))
-_ONE_HOT, _PROBS, _SOFTMAX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what is known of q
-_FLAGS = ["temperature", "is_coupled"]
-_CUT = ["thresholds", "last_ids", "cut_largest", "cut_totals"]
-_DRAFTED = ["q_logits", "q_divisor", "q_thresholds", "q_last_ids", "q_largest", "q_totals"]
-_ROWS = [
-    "seed",
-    "first_position",
-    *_FLAGS,
-    "divisor",
-    *_CUT,
-]  # one number a row: its alignment is nothing to compile for
-_TINY = tl.constexpr(float(torch.finfo(torch.float32).tiny))
-
-
-@triton.jit
-def _is_rejection(is_coupled, temperature, row):
-    return (tl.load(is_coupled + row) == 0) & (tl.load(temperature + row) > 0)
 
 
 @relaunched
-@triton.jit(do_not_specialize=["num_positions"], do_not_specialize_on_alignment=_ROWS)
+@triton.jit(do_not_specialize=["num_positions"], do_not_specialize_on_alignment=ROWS)
 def _survey(
     words, maxima, sums, logits, seed, first_position, temperature, is_coupled, divisor, thresholds, last_ids,
     vocab, num_positions, stride_row, stride_position,
     SAMPLED: tl.constexpr, REJECTION: tl.constexpr, DIVIDED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // num_positions).to(tl.int64)
-    if CUT and REJECTION and _is_rejection(is_coupled, temperature, row):
+    if CUT and REJECTION and is_rejection(is_coupled, temperature, row):
         return
     step, tile = tl.program_id(0) % num_positions, tl.program_id(1)
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tile
@@ -71,7 +54,7 @@ def _survey(
         tl.store(words + place, best)
         return
     x = load_logits(logits, at + token, token < vocab, divisor, row, DIVIDED)
-    if REJECTION and _is_rejection(is_coupled, temperature, row):
+    if REJECTION and is_rejection(is_coupled, temperature, row):
         largest, total = tile_statistics(x)
         tl.store(maxima + place, largest)
         tl.store(sums + place, total)
@@ -84,7 +67,7 @@ def _survey(
 @relaunched
 @triton.jit(
     do_not_specialize=["num_drafts", "num_tiles"],
-    do_not_specialize_on_alignment=[*_ROWS, "logits", "drafts", "draft_counts", *_DRAFTED],
+    do_not_specialize_on_alignment=[*ROWS, "logits", "drafts", "draft_counts", *DRAFTED_BY],
 )
 def _settle(
     tokens, num_tokens, num_accepted, statistics,
@@ -106,7 +89,7 @@ def _settle(
     draft = tl.load(drafts + row * num_drafts + step, mask=valid, other=0)
     rejects = False
     if REJECTION:
-        rejects = _is_rejection(is_coupled, temperature, row)
+        rejects = is_rejection(is_coupled, temperature, row)
     if rejects:
         at = row * stride_row + step * stride_position + draft
         x = load_logits(logits, at, valid, divisor, row, DIVIDED)
@@ -124,10 +107,10 @@ def _settle(
         p = probability(x, largest, total)
         bar = uniform(noise_key(tl.load(seed + row), tl.load(first_position + row) + step, _ACCEPT))
         drawn = row * num_drafts + step
-        if DRAFTED == _PROBS:
+        if DRAFTED == PROBS:
             q = tl.load(q_logits + drawn * vocab + draft, mask=valid, other=0.0)
             bar = bar * q.to(tl.float64)
-        elif DRAFTED == _SOFTMAX:
+        elif DRAFTED == SOFTMAX:
             q = drafted_probability(
                 q_logits, q_divisor, q_thresholds, q_last_ids, q_largest, q_totals,
                 drawn * vocab + draft, valid, drawn, valid, row, draft, draft, Q_DIVIDED,
@@ -145,76 +128,6 @@ def _settle(
         tl.store(tokens + row * (num_drafts + 1) + step, own, mask=step <= num_drafts)
     tl.store(num_accepted + row, accepted.to(tl.int64))
     tl.store(num_tokens + row, (accepted + 1).to(tl.int64))
-
-
-@relaunched
-@triton.jit(
-    do_not_specialize=["num_drafts"], do_not_specialize_on_alignment=[*_ROWS, "drafts", "draft_counts", *_DRAFTED]
-)
-def _redraw(
-    words, spare_words, num_accepted, statistics, logits, draft_counts, drafts,
-    q_logits, q_divisor, q_thresholds, q_last_ids, q_largest, q_totals,
-    seed, first_position, temperature, is_coupled, divisor, thresholds, last_ids,
-    vocab, num_drafts, stride_row, stride_position,
-    DRAFTED: tl.constexpr, Q_DIVIDED: tl.constexpr, DIVIDED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Best word of the residual (p − q)₊, or, in a tile where it is nothing, the spare one of p itself: if it is
-    nothing in all tiles, the rejection was rounding error and p is the answer.
-    """
-    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if not _is_rejection(is_coupled, temperature, row):
-        return
-    accepted = tl.load(num_accepted + row)
-    rejected = accepted < tl.load(draft_counts + row)
-    token = tile * TILE + tl.arange(0, TILE)
-    inside = token < vocab
-    x = load_logits(logits, row * stride_row + accepted * stride_position + token, inside, divisor, row, DIVIDED)
-    if CUT:
-        x = cut_off(x, token, thresholds, last_ids, row * (num_drafts + 1) + accepted)
-    place = row * tl.num_programs(1) + tile
-    if tl.max(x, axis=0) == float("-inf"):  # most tiles after top_k
-        tl.store(words + place, NO_WORD)
-        tl.store(spare_words + place, NO_WORD)
-        return
-    stream = tl.where(rejected, _RESIDUAL, _SAMPLE)
-    noise = gumbel(noise_key(tl.load(seed + row), tl.load(first_position + row) + accepted, stream), token)
-    if rejected:
-        p = probability(x, tl.load(statistics + row * 2), tl.load(statistics + row * 2 + 1))
-        drawn = row * num_drafts + accepted
-        draft = tl.load(drafts + drawn)
-        if DRAFTED == _PROBS:
-            q = tl.load(q_logits + drawn * vocab + token, mask=inside, other=0.0).to(tl.float32)
-        elif DRAFTED == _SOFTMAX:
-            q = drafted_probability(
-                q_logits, q_divisor, q_thresholds, q_last_ids, q_largest, q_totals,
-                drawn * vocab + token, inside, drawn, rejected, row, token, draft, Q_DIVIDED,
-            )  # fmt: skip
-        else:
-            q = tl.where(token == draft, 1.0, 0.0)
-        residual = p - q
-        has_residual = tl.max(residual, axis=0) > 0
-        mass = tl.where(has_residual, residual, p)
-        word = best_word(tl.where(mass > 0, tl.log(tl.maximum(mass, _TINY)) + noise, float("-inf")), token)
-        tl.store(words + place, tl.where(has_residual, word, NO_WORD))
-        tl.store(spare_words + place, tl.where(has_residual, NO_WORD, word))
-    else:
-        tl.store(words + place, best_word(x + noise, token))
-        tl.store(spare_words + place, NO_WORD)
-
-
-@relaunched
-@triton.jit(do_not_specialize=["num_drafts", "num_tiles"], do_not_specialize_on_alignment=_FLAGS)
-def _finish(
-    tokens, words, spare_words, num_accepted, temperature, is_coupled, vocab, num_drafts, num_tiles, TILES: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    if not _is_rejection(is_coupled, temperature, row):
-        return
-    tile = tl.arange(0, TILES)
-    best = tl.max(tl.load(words + row * num_tiles + tile, mask=tile < num_tiles, other=NO_WORD), axis=0)
-    spare = tl.max(tl.load(spare_words + row * num_tiles + tile, mask=tile < num_tiles, other=NO_WORD), axis=0)
-    token = word_token(tl.where(best == NO_WORD, spare, best), vocab)
-    tl.store(tokens + row * (num_drafts + 1) + tl.load(num_accepted + row), token)
 
 
 def _drafted(draft_probs: Tensor | DraftSoftmax | None) -> tuple[int, tuple[Tensor | None, ...]]:
@@ -275,11 +188,11 @@ def verify_triton(
     )  # fmt: skip
     if rejection:
         spare_words = torch.empty_like(words)
-        _redraw[(num_rows, num_tiles)](
+        redraw[(num_rows, num_tiles)](
             words, spare_words, num_accepted, statistics, processed, draft_counts, drafts, *q,
             *rows, vocab_size, num_drafts, *strides, **drafted, **how, TILE=tile, num_warps=warps_of(tile),
         )  # fmt: skip
-        _finish[(num_rows,)](
+        finish[(num_rows,)](
             tokens, words, spare_words, num_accepted, temperature, is_coupled, vocab_size, num_drafts, num_tiles,
             TILES=power_of_2(num_tiles), num_warps=1,
         )  # fmt: skip
