@@ -25,6 +25,7 @@ class ProposerRegistry:
         built = [factory() for factory in BUILT_IN.values()]
         single = [p for p in (*built, *extra) if has_draft_model or not p.keeps_kv]
         self._by_name = {p.name: p for p in (*single, *_pairs(single))}
+        self._listeners = {name: _listeners(proposer) for name, proposer in self._by_name.items()}
 
     @property
     def names(self) -> list[str]:
@@ -38,9 +39,8 @@ class ProposerRegistry:
 
     def listeners(self, name: str) -> list[Listener]:
         """Those who want to be told what is committed for requests that `name` drafts for."""
-        proposer = self.get(name)
-        parts = (proposer.first, proposer.second) if isinstance(proposer, CombinedProposer) else (proposer,)
-        return [part for part in parts if isinstance(part, Listener)]
+        self.get(name)
+        return self._listeners[name]
 
     def unavailable(self, name: str) -> str:
         """What to say to whoever asked for a proposer that is not here."""
@@ -58,3 +58,8 @@ def _pairs(single: Sequence[Proposer]) -> list[Proposer]:
         for first, second in permutations(single, 2)
         if not first.keeps_kv and (isinstance(second, Continuing) or not second.keeps_kv)
     ]
+
+
+def _listeners(proposer: Proposer) -> list[Listener]:
+    parts = (proposer.first, proposer.second) if isinstance(proposer, CombinedProposer) else (proposer,)
+    return [part for part in parts if isinstance(part, Listener)]
