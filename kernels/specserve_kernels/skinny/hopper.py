@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specserve_kernels.language import cdiv, triton
 from specserve_kernels.launch import relaunched
-from specserve_kernels.lora.folded import Folded
+from specserve_kernels.lora.folded import MOST_FOLDED, Folded
 from specserve_kernels.lora.grouped import SlotFactors
 from specserve_kernels.lora.tiles import RANK_BLOCK
 from specserve_kernels.overlap import overlaps
@@ -42,7 +42,7 @@ _WIDTH = 64  # columns of a tile: 128 bytes, the widest swizzle
 _HALF = 111 * 1024  # of a multiprocessor's memory: two programs on it
 _WHOLE = 200 * 1024
 _PROGRAMS = 132  # multiprocessors
-MOST_ROWS = 128
+MOST_ROWS = MOST_FOLDED
 _FOLDS = 48  # programs that multiply by A, where adapters are few
 
 

@@ -136,8 +136,9 @@ def skinny_linear_triton(
 
 _IMPLEMENTATIONS = {"torch": skinny_linear_ref, "triton": skinny_linear_triton}
 MAX_ROWS = skinny_hopper.MOST_ROWS
-"""Beyond so many rows the library's product is the better one; beyond 32 already where W is a vocabulary's."""
-_MANY_COLUMNS = 32768
+"""Beyond so many rows the library's product is the better one …"""
+_MAX_ROWS_OF_LARGE, _LARGE = 32, 32768
+"""… beyond so many already where W has more outputs than that: a vocabulary's."""
 _MAX_TILES = 4096  # of 64 rows of W: more than any vocabulary has
 
 
@@ -164,8 +165,8 @@ def skinny_linear(
     if lora is not None:
         assert norm is None, "the adapters have read x already"
         return skinny_hopper.skinny_linear_hopper(x, weight, residual, gated, arrivals, lora=lora)
-    is_large = not gated and weight.shape[0] > _MANY_COLUMNS
-    if not is_skinny(x) or (is_large and x.shape[0] > 32):
+    is_large = not gated and weight.shape[0] > _LARGE
+    if not is_skinny(x) or (is_large and x.shape[0] > _MAX_ROWS_OF_LARGE):
         return skinny_linear_ref(x, weight, residual, norm, gated)
     if x.shape[0] == 1:
         return skinny_linear_triton(x, weight, residual, norm, gated)
