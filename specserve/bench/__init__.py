@@ -1,0 +1,1 @@
+"""Measuring: traces of requests, load on servers, statistics of comparisons, reports."""
