@@ -1,0 +1,213 @@
+"""A server of a comparison: started in a session of its own, ready when it answers, gone when nobody needs it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from specserve.bench.engines import HOST, complete_command
+from specserve.bench.variants import Variant
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
+ANSWER_SECONDS = 10.0  # for /health and the like
+_NO_MEMORY = re.compile(
+    r"out of memory|MemoryError|cannot allocate memory|no available memory|not enough memory|KV cache has \d+ blocks"
+    r"|less than desired GPU memory",
+    re.IGNORECASE,
+)
+
+
+class ServerFailedError(Exception):
+    """A server did not start or died; the text is one sentence or two for the user."""
+
+    def __init__(self, variant: str, message: str, *, lacks_memory: bool = False) -> None:
+        super().__init__(message)
+        self.variant = variant
+        self.lacks_memory = lacks_memory
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """One that answers. Those reached by URL have neither process nor log."""
+
+    variant: Variant
+    url: str
+    command: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+
+    def check_alive(self) -> None:
+        """Raise ServerFailedError if its process has ended."""
+        if self.process is not None and self.process.poll() is not None:
+            raise _ended(self, "while it was measured")
+
+
+async def start_server(
+    variant: Variant, log: Path, *, share: float, taken: float, timeout: float, started: list[RunningServer]
+) -> RunningServer:
+    """Start a variant and wait until it answers; one of a URL is only asked whether it does.
+
+    `share`, `taken`: of the device's memory, for this server and by those before it. What has a process is appended to
+    `started` at once, so that whoever stops them all misses none. Raises ServerFailedError.
+    """
+    if variant.url is not None:
+        server = RunningServer(variant, variant.url)
+        await _wait_for_url(server)
+        return server
+    port = free_port()
+    command = tuple(complete_command(variant.command, port=port, share=share, taken=taken))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with log.open("wb") as output:
+            # Its own session: a Ctrl-C in the terminal is for us alone, and one signal reaches all that it starts.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **variant.environment},
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise ServerFailedError(variant.name, f"{variant.name} cannot be started: {error}.") from error
+    server = RunningServer(variant, f"http://{HOST}:{port}", command, process, log)
+    started.append(server)
+    await _wait_until_ready(server, timeout)
+    return server
+
+
+async def stop_servers(servers: Iterable[RunningServer]) -> None:
+    """SIGTERM, and SIGKILL for what is left after a grace; a cancellation cuts the grace short."""
+    running = [(server, server.process) for server in servers if server.process is not None]
+    families = {process.pid: descendants(process.pid) for _, process in running if process.poll() is None}
+    for _, process in running:
+        _signal_group(process.pid, signal.SIGTERM)
+    end = time.monotonic() + GRACE_SECONDS
+    try:
+        while any(process.poll() is None for _, process in running) and time.monotonic() < end:
+            await asyncio.sleep(POLL_SECONDS)
+    finally:
+        for _, process in running:
+            _signal_group(process.pid, signal.SIGKILL)
+            process.wait()
+        # Engines may have left for sessions of their own.
+        for pid, began in (child for family in families.values() for child in family.items()):
+            if began and _began(pid) == began:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+async def server_facts(server: RunningServer) -> dict[str, Any]:
+    """What a server tells of itself: its engine, its version and the models it lists, as far as it answers."""
+    facts: dict[str, Any] = {"engine": server.variant.engine}
+    version = await _get(server.url + "/version")
+    if isinstance(version, dict) and "version" in version:
+        facts["version"] = str(version["version"])
+    models = await _get(server.url + "/v1/models")
+    if isinstance(models, dict) and isinstance(models.get("data"), list):
+        facts["models"] = [str(model.get("id")) for model in models["data"] if isinstance(model, dict)]
+    return facts
+
+
+def free_port() -> int:
+    """A port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """{pid: when it began} of all processes below one, where the system has /proc."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):
+            children.setdefault(int(_stat(path)[1]), []).append(int(path.parent.name))
+    found: list[int] = [pid]
+    for parent in found:  # which grows on the way
+        found += children.get(parent, [])
+    return {child: _began(child) for child in found[1:]}
+
+
+def _began(pid: int) -> str:
+    """With the id it names a process for good, whatever becomes of the number."""
+    try:
+        return _stat(Path(f"/proc/{pid}/stat"))[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _stat(path: Path) -> list[str]:
+    """The fields after the command's name, which may hold anything: state, parent, …"""
+    return path.read_text(errors="replace").rpartition(")")[2].split()
+
+
+async def _wait_until_ready(server: RunningServer, timeout: float) -> None:
+    assert server.process is not None
+    end = time.monotonic() + timeout
+    while server.process.poll() is None:
+        if await _get(server.url + "/health") is not None:
+            return
+        if time.monotonic() > end:
+            raise _failed(server, f"did not answer at {server.url}/health within {timeout:.0f} s")
+        await asyncio.sleep(POLL_SECONDS)
+    raise _ended(server, "before it was ready")
+
+
+async def _wait_for_url(server: RunningServer) -> None:
+    if await _get(server.url + "/health") is None and await _get(server.url + "/v1/models") is None:
+        name = server.variant.name
+        raise ServerFailedError(name, f"{name}: no server answers at {server.url} (neither /health nor /v1/models).")
+
+
+async def _get(url: str) -> Any:
+    """The JSON answer, "" for a good one that is no JSON, None for none."""
+    limit = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+    try:
+        async with aiohttp.ClientSession(timeout=limit) as session, session.get(url) as response:
+            if response.status != 200:
+                return None
+            try:
+                return await response.json(content_type=None) or ""
+            except ValueError:
+                return ""
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return None
+
+
+def _ended(server: RunningServer, when: str) -> ServerFailedError:
+    assert server.process is not None
+    status = server.process.returncode
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return _failed(server, f"{how} {when}", killed=status == -signal.SIGKILL)
+
+
+def _failed(server: RunningServer, what: str, *, killed: bool = False) -> ServerFailedError:
+    """`killed`: by SIGKILL, which is what a system out of memory sends."""
+    assert server.log is not None
+    text = server.log.read_text(errors="replace")
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it wrote nothing")
+    return ServerFailedError(
+        server.variant.name,
+        f"{server.variant.name} ({server.variant.title}) {what}: {last[:300]} (log: {server.log})",
+        lacks_memory=killed or _NO_MEMORY.search(text) is not None,
+    )
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    """To the session that the process leads; it may be gone already."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
