@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -24,7 +24,7 @@ from specserve.core.errors import InvalidRequestError
 class Words:
     """A tokenizer of one word a token; counts how often it was loaded."""
 
-    ids = list(range(10, 500))
+    ids: ClassVar = list(range(10, 500))
     loaded = 0
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
@@ -190,7 +190,8 @@ def test_prompts_of_ids_become_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"num_prompts": 0}, "num_prompts"), ({"burstiness": 0.0}, "burstiness"), ({"request_rate": -1.0}, "request_rate"),
+        ({"num_prompts": 0}, "num_prompts"), ({"burstiness": 0.0}, "burstiness"),
+        ({"request_rate": -1.0}, "request_rate"),
         ({"random_range_ratio": 1.0}, "random_range_ratio"), ({"random_prefix_len": -1}, "random_prefix_len"),
         ({"dataset_name": "sharegpt"}, "dataset_path"), ({"self_timed": True}, "self_timed"),
         ({"dataset_name": "timed_trace", "dataset_path": "x", "request_rate": 1.0}, "request_rate"),
