@@ -19,7 +19,7 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One kind of server. `marks`: words among the command's first that show it."""
+    """One kind of server. `marks`: the programs and modules that start it."""
 
     name: str
     marks: tuple[str, ...]
@@ -39,8 +39,8 @@ ENGINES = (
 
 def engine_of(words: Sequence[str]) -> Engine | None:
     """Which server a command starts: `vllm serve …`, `python -m sglang.launch_server …`; None: one not known here."""
-    first = {PurePath(word).name for word in words[:1]} | set(words[1:3])
-    return next((engine for engine in ENGINES if first & set(engine.marks)), None)
+    program = words[2] if list(words[1:2]) == ["-m"] and len(words) > 2 else PurePath(words[0]).name
+    return next((engine for engine in ENGINES if program in engine.marks), None)
 
 
 def check_installed(words: Sequence[str]) -> None:

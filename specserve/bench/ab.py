@@ -1,0 +1,177 @@
+"""Measure variants in turn on the same requests, and keep what there is whichever way it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from specserve.bench.comparing import AbOptions, Plan
+from specserve.bench.fleet import Fleet
+from specserve.bench.records import Comparison, RequestRecord, RunRecord, TracedRequest, VariantInfo
+from specserve.bench.servers import RunningServer, ServerFailedError, server_facts
+from specserve.bench.turns import Load, Turn, in_blocks, interleaved
+from specserve.bench.variants import Variant
+
+WATCH_SECONDS = 0.2
+RUNS_FILE = "runs.jsonl"
+TOGETHER = "interleaved: all servers resident, those not measured sent nothing"
+APART = "in blocks: one server at a time, with restarts"
+
+
+class Measure(Protocol):
+    """Sends a trace to a server under a load; calls `ended` with each request's record as it ends, and returns how long
+    the run took, in seconds. Cancelled, it leaves no connection open."""
+
+    async def __call__(
+        self, server: RunningServer, trace: Sequence[TracedRequest], load: Load, ended: Callable[[RequestRecord], None]
+    ) -> float: ...
+
+
+class Watcher(Protocol):
+    """Whoever shows how far it is."""
+
+    def told(self, line: str) -> None: ...
+
+    def planned(self, turns: Sequence[Turn], requests: int) -> None: ...
+
+    def began(self, turn: Turn) -> None: ...
+
+    def request_ended(self) -> None: ...
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What was measured. `stopped`: why before its end, for a person; None: all of it was."""
+
+    comparison: Comparison
+    stopped: str | None = None
+    interrupted: bool = False
+
+
+class _Kept:
+    """Runs, variants and facts as they come: in memory, and every run in a file at once."""
+
+    def __init__(self, variants: Sequence[Variant], folder: Path, facts: dict[str, Any]) -> None:
+        self.infos = {one.name: VariantInfo(one.name, one.title, list(one.command), one.url) for one in variants}
+        self.runs: list[RunRecord] = []
+        self.facts = facts
+        self._file = folder / RUNS_FILE
+
+    def add(self, run: RunRecord) -> None:
+        self.runs.append(run)
+        with self._file.open("ab") as file:
+            file.write(msgspec.json.encode(run) + b"\n")
+
+    def comparison(self) -> Comparison:
+        return Comparison(list(self.infos.values()), self.runs, self.facts)
+
+    async def ask(self, server: RunningServer) -> None:
+        """Note what a server tells of itself, once."""
+        info = self.infos[server.variant.name]
+        if not info.server:
+            command = list(server.command)
+            told = await server_facts(server)
+            self.infos[info.variant] = msgspec.structs.replace(info, command=command, url=server.url, server=told)
+
+
+async def compare(
+    variants: Sequence[Variant],
+    options: AbOptions,
+    plan: Plan,
+    measure: Measure,
+    watcher: Watcher,
+    *,
+    folder: Path,
+    facts: dict[str, Any],
+) -> Outcome:
+    """Run the comparison; logs and finished runs go to `folder`.
+
+    A server that dies, a cancellation (Ctrl-C) or a server that does not start end it early: the outcome then holds
+    what was measured by then. All servers are gone when this returns.
+    """
+    kept = _Kept(variants, folder, facts)
+    fleet = Fleet(variants, folder / "logs", start_timeout=options.start_timeout, told=watcher.told)
+    try:
+        async with fleet:
+            await _all_turns(fleet, options, plan, measure, watcher, kept)
+    except ServerFailedError as failure:
+        return Outcome(kept.comparison(), str(failure))
+    except asyncio.CancelledError:
+        return Outcome(kept.comparison(), "it was interrupted", interrupted=True)
+    return Outcome(kept.comparison())
+
+
+async def _all_turns(
+    fleet: Fleet, options: AbOptions, plan: Plan, measure: Measure, watcher: Watcher, kept: _Kept
+) -> None:
+    apart: str | None = "asked for" if options.one_at_a_time else None
+    if apart is None:
+        failure = await fleet.start_together()
+        if failure is not None:
+            apart = f"they do not fit together: {failure}"
+            watcher.told(f"One server at a time, since {apart}")
+    kept.facts["turns"] = TOGETHER if apart is None else f"{APART} ({apart})"
+    order = interleaved if apart is None else in_blocks
+    turns = order(list(fleet.variants), plan.loads, plan.rounds)
+    watcher.planned(turns, sum(len(plan.requests(turn)) for turn in turns))
+
+    async def resident(name: str) -> RunningServer:
+        return fleet.running(name)
+
+    server_of: Callable[[str], Awaitable[RunningServer]] = resident if apart is None else fleet.alone
+    for turn in turns:
+        server = await server_of(turn.variant)
+        await kept.ask(server)
+        watcher.began(turn)
+        await _one_turn(server, turn, plan.requests(turn), measure, watcher, kept)
+
+
+async def _one_turn(
+    server: RunningServer, turn: Turn, trace: Sequence[TracedRequest], measure: Measure, watcher: Watcher, kept: _Kept
+) -> None:
+    """One run. Whatever ends it early, its finished requests are kept."""
+    records: list[RequestRecord] = []
+
+    def ended(record: RequestRecord) -> None:
+        records.append(record)
+        watcher.request_ended()
+
+    begin, duration = asyncio.get_running_loop().time(), None
+    try:
+        duration = await _while_alive(server, measure(server, trace, turn.load, ended))
+        _check_answered(server, records)
+    finally:
+        if records and not turn.warm_up:
+            spent = asyncio.get_running_loop().time() - begin
+            whole = duration is not None and len(records) == len(trace)
+            ordered = sorted(records, key=lambda record: record.index)
+            seconds = spent if duration is None else duration
+            kept.add(RunRecord(turn.variant, turn.round, turn.load, seconds, ordered, complete=whole))
+
+
+async def _while_alive(server: RunningServer, run: Awaitable[float]) -> float:
+    """The run's duration; raises ServerFailedError as soon as the server's process has ended."""
+    task = asyncio.ensure_future(run)
+    try:
+        while True:
+            done, _ = await asyncio.wait({task}, timeout=WATCH_SECONDS)
+            server.check_alive()
+            if done:
+                return task.result()
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+def _check_answered(server: RunningServer, records: Sequence[RequestRecord]) -> None:
+    """A server that answers nothing is as good as dead, and going on would only fill a report with errors."""
+    if records and all(record.error is not None for record in records):
+        variant = server.variant
+        raise ServerFailedError(
+            variant.name, f"{variant.name} ({variant.title}) failed every request of a run: {records[0].error}"
+        )

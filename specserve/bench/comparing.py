@@ -1,0 +1,114 @@
+"""What a comparison measures: at which loads, how often, on which requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from specserve.bench.datasets import Tokens
+from specserve.bench.options import TraceOptions
+from specserve.bench.records import TracedRequest
+from specserve.bench.trace import make_trace
+from specserve.bench.turns import WARM_UP, Load, Turn
+from specserve.core.errors import InvalidRequestError
+
+LOADS = (1, 4, 16)  # requests at a time, unless others or rates are asked for
+LEAST_REQUESTS = 4  # a run
+RATE_SECONDS = 10.0  # how long requests come in a run at a rate
+
+
+class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a comparison goes. Each of `concurrency` and each of `rates` is a load of its own."""
+
+    concurrency: tuple[int, ...] = ()  # requests at a time
+    rates: tuple[float, ...] = ()  # requests/s
+    rounds: int = 4
+    requests: int | None = None  # a run; None: twice the concurrency and some, or ten seconds of a rate
+    one_at_a_time: bool = False  # never two servers at once
+    start_timeout: float = 900.0  # s, for a server to answer
+
+    def check(self) -> None:
+        """Raise InvalidRequestError naming the first flag that is out of range."""
+        for name in ("rounds", "requests", "start_timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise _refused(name, f"must be positive, got {value}.")
+        for name in ("concurrency", "rates"):
+            for value in getattr(self, name):
+                if not value > 0:
+                    raise _refused(name, f"must hold positive numbers, not {value}.")
+
+    def loads(self, *, timed: bool) -> list[Load]:
+        """The loads in their order; a dataset that tells when requests come is the only one."""
+        if timed and (self.concurrency or self.rates):
+            raise _refused("concurrency", "and --rates go without a dataset that says when requests come.")
+        if timed:
+            return [{"trace": "timed"}]
+        found: list[Load] = [{"concurrency": number} for number in self.concurrency]
+        found += [{"rate": rate} for rate in self.rates]
+        return found or [{"concurrency": number} for number in LOADS]
+
+
+def load_name(load: Load) -> str:
+    """For people and as a key: "concurrency 16", "rate 2.5"."""
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in load.items()
+    )
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """The loads, and the requests of each one's warm-up and rounds."""
+
+    loads: list[Load]
+    rounds: int
+    traces: dict[tuple[str, int], list[TracedRequest]]  # by the load's name and the round
+
+    def requests(self, turn: Turn) -> list[TracedRequest]:
+        return self.traces[load_name(turn.load), turn.round]
+
+
+def make_plan(options: AbOptions, trace: TraceOptions, tokens: Callable[[], Tokens]) -> Plan:
+    """One seeded trace a load, cut into a warm-up and rounds.
+
+    Every variant is sent the same. No round repeats another's requests, as far as the dataset goes, so that no prefix
+    cache answers for a server. Raises InvalidRequestError.
+    """
+    options.check()
+    loads = options.loads(timed=trace.timed)
+    found: dict[tuple[str, int], list[TracedRequest]] = {}
+    for number, load in enumerate(loads):
+        count = _requests(options, load)
+        asked = msgspec.structs.replace(
+            trace, num_prompts=count * (options.rounds + 1), seed=trace.seed + number, request_rate=_rate(trace, load)
+        )
+        whole = make_trace(asked, tokens)
+        parts = [_from_zero(whole[start : start + count]) for start in range(0, len(whole), count)]
+        if len(parts) < options.rounds + 1:
+            wanted = f"{options.rounds} and a warm-up take {count * (options.rounds + 1)} requests"
+            raise _refused("rounds", f"{wanted}, but the dataset has {len(whole)}.")
+        for part, requests in zip((WARM_UP, *range(options.rounds)), parts, strict=False):
+            found[load_name(load), part] = requests
+    return Plan(loads, options.rounds, found)
+
+
+def _requests(options: AbOptions, load: Load) -> int:
+    if options.requests is not None:
+        return options.requests
+    if "rate" in load:
+        return max(LEAST_REQUESTS, round(float(load["rate"]) * RATE_SECONDS))
+    return max(LEAST_REQUESTS, 2 * int(load.get("concurrency", 1)) + 2)
+
+
+def _rate(trace: TraceOptions, load: Load) -> float:
+    return float(load["rate"]) if "rate" in load else trace.request_rate
+
+
+def _from_zero(requests: Sequence[TracedRequest]) -> list[TracedRequest]:
+    """A part of a trace as a run of its own: its first request comes at once."""
+    start = requests[0].arrival
+    return [msgspec.structs.replace(one, arrival=round(one.arrival - start, 6)) for one in requests]
+
+
+def _refused(field: str, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"--{field.replace('_', '-')} {reason}", param=field)

@@ -1,0 +1,24 @@
+"""Comparisons of fake engines, which take no time to start and whose pace is known."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from specserve.bench.variants import Variant
+
+FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
+
+
+@pytest.fixture
+def fake() -> Callable[..., Variant]:
+    """fake("A", "--token-seconds", "0.01"): a variant that starts a fake engine."""
+
+    def made(name: str, *flags: str) -> Variant:
+        command = (sys.executable, str(FAKE_ENGINE), "--port", "{port}", *flags)
+        return Variant(name, " ".join(flags) or "as it is", command=command)
+
+    return made

@@ -1,0 +1,98 @@
+"""Who is measured when, and on which requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from specserve.bench.comparing import AbOptions, load_name, make_plan
+from specserve.bench.options import TraceOptions
+from specserve.bench.turns import Load, Turn, in_blocks, interleaved
+from specserve.core.errors import InvalidRequestError
+
+ONE: Load = {"concurrency": 1}
+MANY: Load = {"concurrency": 16}
+
+
+class Numbers:
+    """A vocabulary without a model."""
+
+    def __init__(self) -> None:
+        self.ids = list(range(1000))
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) for text in texts]
+
+
+def names(turns: Sequence[Turn]) -> str:
+    return "".join(turn.variant.lower() if turn.warm_up else turn.variant for turn in turns)
+
+
+def test_turns_alternate() -> None:
+    assert names(interleaved(["A", "B"], [ONE], 4)) == "ab" + "ABBAABBA"
+    assert names(interleaved(["A", "B", "C"], [ONE], 2)) == "abc" + "ABCCBA"
+
+
+def test_a_steady_drift_cancels_over_two_rounds() -> None:
+    places = {"A": 0, "B": 0}
+    for place, turn in enumerate(turn for turn in interleaved(["A", "B"], [ONE], 2) if not turn.warm_up):
+        places[turn.variant] += place
+    assert places["A"] == places["B"]
+
+
+def test_every_load_has_its_rounds() -> None:
+    turns = [turn for turn in interleaved(["A", "B"], [ONE, MANY], 3) if not turn.warm_up]
+    assert {(turn.variant, load_name(turn.load), turn.round) for turn in turns} == {
+        (name, load, number) for name in "AB" for load in ("concurrency 1", "concurrency 16") for number in range(3)
+    }
+    assert len(turns) == 12
+    # A and B of one load and round follow each other.
+    assert all(
+        one.round == other.round and one.load == other.load for one, other in zip(turns[::2], turns[1::2], strict=True)
+    )
+
+
+def test_blocks_start_each_server_once_and_one_of_them_twice() -> None:
+    assert names(in_blocks(["A", "B"], [ONE], 4)) == "aAA" + "bBBBB" + "aAA"
+    assert names(in_blocks(["A", "B"], [ONE], 1)) == "aA" + "bB"
+    rounds = [turn.round for turn in in_blocks(["A", "B"], [ONE], 3) if turn.variant == "A" and not turn.warm_up]
+    assert rounds == [0, 1, 2]
+
+
+def test_no_request_is_sent_twice() -> None:
+    plan = make_plan(AbOptions(concurrency=(2, 4), rounds=3), TraceOptions(input_len=8, output_len=4), Numbers)
+    prompts = [tuple(one.prompt) for trace in plan.traces.values() for one in trace]
+    assert len(set(prompts)) == len(prompts)
+    assert {len(trace) for (load, _), trace in plan.traces.items() if load == "concurrency 4"} == {10}
+    assert len(plan.traces) == 2 * (3 + 1)
+
+
+def test_the_same_seed_gives_the_same_requests() -> None:
+    first, second, other = (make_plan(AbOptions(), TraceOptions(seed=seed), Numbers) for seed in (1, 1, 7))
+    assert first == second
+    assert first != other
+
+
+def test_rates_begin_every_run_at_once_and_last_ten_seconds() -> None:
+    plan = make_plan(AbOptions(rates=(5.0,), rounds=2), TraceOptions(), Numbers)
+    for trace in plan.traces.values():
+        assert len(trace) == 50
+        assert trace[0].arrival == 0.0
+        assert 5.0 < trace[-1].arrival < 20.0
+    assert plan.loads == [{"rate": 5.0}]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (AbOptions(rounds=0), "--rounds must be positive"),
+        (AbOptions(requests=0), "--requests must be positive"),
+        (AbOptions(concurrency=(4, 0)), "--concurrency must hold positive numbers, not 0"),
+        (AbOptions(rates=(math.nan,)), "--rates must hold positive numbers"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: AbOptions, said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=said):
+        make_plan(options, TraceOptions(), Numbers)
