@@ -1,0 +1,154 @@
+"""A client that streams: one request in, one record of what came when out. It is cheap, for it shares the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from specserve.bench.chunks import Chunk, ChunkReader, error_text
+from specserve.bench.records import Event, RequestRecord, TracedRequest
+from specserve.bench.target import Target
+
+CONNECT_SECONDS = 30.0
+PROBES, PROBE_SECONDS = 4, 0.25  # a server that refuses this often, so far apart, is gone
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One request's answer in the making; times in s after the run's start."""
+
+    events: list[Event] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    tokens: int = 0
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def add(self, chunk: Chunk, now: float) -> None:
+        if chunk.error is not None:
+            self.error = error_text(chunk.error)
+        counted = self._usage(chunk)
+        if not chunk.choices:
+            return
+        choice = chunk.choices[0]
+        text = choice.text or "" if choice.delta is None else choice.delta.text
+        if text:
+            self.texts.append(text)
+        if choice.finish_reason is not None:
+            self.finish_reason = choice.finish_reason
+        if choice.token_ids is not None:
+            tokens = len(choice.token_ids)
+        elif counted is not None:
+            tokens = max(counted - self.tokens, 0)
+        else:  # a chat's first event may bring its role alone; any other stands for a token, though its text may wait
+            tokens = 1 if text or choice.delta is None or choice.finish_reason is not None else 0
+        self.tokens += tokens
+        self.events.append(Event(now, tokens))
+
+    def _usage(self, chunk: Chunk) -> int | None:
+        """Take in what a chunk says of usage; the output tokens that it tells of, if it does."""
+        usage = chunk.usage
+        if usage is None:
+            return None
+        self.prompt_tokens, self.output_tokens = usage.prompt_tokens, usage.completion_tokens
+        if usage.speculation is not None:
+            self.drafted = usage.speculation.drafted_per_position
+            self.accepted = usage.speculation.accepted_per_position
+        return usage.completion_tokens
+
+    def record(self, request: TracedRequest, sent: float, end: float) -> RequestRecord:
+        if self.error is None and self.finish_reason is None:
+            self.error = "The stream ended before the answer did."
+        return RequestRecord(
+            index=request.index,
+            sent=sent,
+            events=self.events,
+            end=end,
+            prompt_tokens=request.prompt_tokens if self.prompt_tokens is None else self.prompt_tokens,
+            output_tokens=self.tokens if self.output_tokens is None else self.output_tokens,
+            text="".join(self.texts),
+            finish_reason=self.finish_reason,
+            error=self.error,
+            adapter=request.adapter,
+            drafted_per_position=self.drafted,
+            accepted_per_position=self.accepted,
+        )
+
+
+class Client:
+    """Sends requests to one server over connections that are kept."""
+
+    def __init__(self, target: Target, session: aiohttp.ClientSession) -> None:
+        self.target = target
+        self._session = session
+
+    async def send(self, request: TracedRequest, start: float) -> RequestRecord:
+        """Stream one request; times are s after `start` (time.perf_counter). Whatever goes wrong is in the record."""
+        body, answer = msgspec.json.encode(self.target.body(request)), _Answer()
+        sent = time.perf_counter() - start
+        try:
+            async with self._session.post(self.target.generate_url, data=body) as response:
+                if response.status != 200:
+                    answer.error = f"{response.status}: {await _refusal(response)}"
+                else:
+                    await _read(response, answer, start)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            answer.error = f"{type(error).__name__}: {error}"
+        except msgspec.DecodeError as error:
+            answer.error = f"The server sent an event that is no chunk of an answer: {error}"
+        return answer.record(request, sent, time.perf_counter() - start)
+
+    async def alive(self) -> bool:
+        """Whether the server still takes connections, however busy it is."""
+        for probe in range(PROBES):
+            if probe:
+                await asyncio.sleep(PROBE_SECONDS)
+            try:
+                async with self._session.get(self.target.url + "/health"):
+                    return True
+            except aiohttp.ClientConnectionError:
+                continue
+            except (aiohttp.ClientError, TimeoutError):
+                return True
+        return False
+
+
+@contextlib.asynccontextmanager
+async def connect(target: Target) -> AsyncIterator[Client]:
+    """A client whose connections end with the block."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+    # Servers close idle connections after 5 s (uvicorn) or more: one that is about to be closed is not used again.
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=None, keepalive_timeout=3)
+    headers = {"Content-Type": "application/json", **target.headers}
+    skipped = ("User-Agent", "Accept-Encoding")
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, headers=headers, skip_auto_headers=skipped
+    ) as session:
+        yield Client(target, session)
+
+
+async def _read(response: aiohttp.ClientResponse, answer: _Answer, start: float) -> None:
+    reader = ChunkReader()
+    async for data in response.content.iter_any():
+        now = time.perf_counter() - start
+        for chunk in reader.feed(data):
+            answer.add(chunk, now)
+
+
+async def _refusal(response: aiohttp.ClientResponse) -> str:
+    data = await response.read()
+    try:
+        value: Any = msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        return data.decode(errors="replace")[:500]
+    return error_text(value)
