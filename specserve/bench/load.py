@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from specserve.bench.records import RequestRecord, RunRecord, TracedRequest
 
@@ -71,8 +71,9 @@ class _Run:
                 return
             self._tasks.append(asyncio.create_task(self._one(request)))
         stopped, everything = asyncio.create_task(self._stop.wait()), asyncio.gather(*self._tasks)
+        either: set[asyncio.Future[Any]] = {stopped, everything}
         try:
-            await asyncio.wait({stopped, everything}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
         if everything.done():
