@@ -10,7 +10,7 @@ import torch
 
 from specserve_kernels.attention.decode import DecodeRun, Tile, decode_attention_triton, prepare_decode
 from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
-from specserve_kernels.attention.plan import FIELDS, Queries, multiprocessors, schedule
+from specserve_kernels.attention.plan import FIELDS, Queries, capacity_of, multiprocessors
 from specserve_kernels.tolerances import OP
 
 SMALL = Tile(16, 4, 3, 3)  # so that few keys are many tiles
@@ -153,6 +153,22 @@ def test_the_bits_of_a_sequence_are_its_own(device: torch.device) -> None:
     assert torch.equal(out[0], beside[0]) and not torch.equal(out[1], beside[1])
 
 
+def test_room_for_more_sequences_changes_nothing(device: torch.device) -> None:
+    """A captured graph has room for as many sequences as tokens; most are empty, and keys are cut as without them."""
+    given = inputs(device, ((300, 2), (200, 3)))
+    meta, more = given.meta, 40
+    wide = replace(
+        meta, rows=torch.cat([meta.rows, meta.rows[:1].expand(more)]),
+        query_start=torch.cat([meta.query_start, meta.query_start[-1:].expand(more)]),
+        context_bounds=(*meta.context_bounds, *(300,) * more), query_lens=None,
+    )  # fmt: skip
+    runs = [prepare_decode(one, given.shape, 0, count, given.queries, SMALL) for one, count in ((meta, 2), (wide, 42))]
+    few, many = (given.attend(run, None) for run in runs)
+    assert torch.equal(few, many)
+    items = [[item[: FIELDS - 1] for item in run.plans[None].tolist() if item[4] > 0] for run in runs]
+    assert items[0] == items[1] and len(items[0]) > 2
+
+
 @pytest.mark.parametrize("lens", [ONE_LONG, UNEQUAL, ((500, 1),) * 3 + ((7, 2),) * 9])
 def test_items_cover_every_key_once(device: torch.device, lens: tuple[tuple[int, int], ...]) -> None:
     given = inputs(device, lens)
@@ -160,7 +176,7 @@ def test_items_cover_every_key_once(device: torch.device, lens: tuple[tuple[int,
     given.attend(run, None)
     items = run.plans[None].tolist()
     used = [item for item in items if item[4] > 0]
-    assert len(items) <= schedule(len(lens), 2, 10**6, 3 * multiprocessors(device)).capacity
+    assert len(items) <= capacity_of(len(lens), 2, 10**6, 3 * multiprocessors(device))
     for i, first_token in enumerate(given.meta.query_start.tolist()[:-1]):
         parts = [item for item in used if item[0] == first_token]
         assert [part[3] for part in parts] == [0, *(part[4] for part in parts[:-1])]

@@ -22,7 +22,7 @@ from torch import Tensor
 from specserve_kernels.attention.combine import AHEAD, COMBINED, combine
 from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
 from specserve_kernels.attention.part import attend, locate, prefetch
-from specserve_kernels.attention.plan import FIELDS, Queries, multiprocessors, plan_triton, schedule
+from specserve_kernels.attention.plan import FIELDS, Queries, capacity_of, multiprocessors, plan_triton
 from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
@@ -159,7 +159,6 @@ class DecodeRun:
     rows: int  # the most queries of a sequence, times groups
     block_m: int
     tile: Tile
-    shortest: int  # keys of a part
     counters: Tensor  # [capacity, kv_heads * row blocks] int32, all 0 between two launches
     partial: Tensor
     lse: Tensor
@@ -179,11 +178,11 @@ def prepare_decode(
     bounds = meta.context_bounds[first_seq : first_seq + num_seqs]
     max_tiles = sum(cdiv(bound, tile.block_n) for bound in bounds)
     planned = min(num_seqs, meta.positions.shape[0] // queries.least)
-    capacity, shortest = schedule(planned, shape.kv_heads, max_tiles, multiprocessors(device) * tile.resident)
+    capacity = capacity_of(planned, shape.kv_heads, max_tiles, multiprocessors(device) * tile.resident)
     counters = torch.empty(capacity, shape.kv_heads * cdiv(rows, block_m), dtype=torch.int32, device=device)
     lse = torch.empty(capacity, shape.kv_heads, rows, dtype=torch.float32, device=device)
     partial = torch.empty(*lse.shape, shape.head_dim, dtype=torch.float32, device=device)
-    return DecodeRun(meta, first_seq, num_seqs, queries, rows, block_m, tile, shortest, counters, partial, lse)
+    return DecodeRun(meta, first_seq, num_seqs, queries, rows, block_m, tile, counters, partial, lse)
 
 
 def decode_attention_triton(
@@ -199,7 +198,7 @@ def decode_attention_triton(
     if fresh:
         run.plans[window] = plan_triton(
             meta, run.counters, first_seq=run.first_seq, num_seqs=run.num_seqs, queries=run.queries, window=window,
-            tile=tile.block_n, shortest=run.shortest,
+            tile=tile.block_n, kv_heads=kv_heads,
         )  # fmt: skip
     items = run.plans[window]
     dim = max(16, power_of_2(head_dim))

@@ -2,10 +2,10 @@
 
 A decode step must read every key once and be limited by memory alone, whether it holds one long sequence or a hundred
 short ones. Keys are cut into items (one part of one sequence, for all KV heads) of nearly equal length
-(flash-decoding, Dao et al. 2023, with the parts chosen from the true lengths): `SHORTEST` long, or as much longer as it
-takes to have no more items than there is room for, about as many as fill the GPU. Only the
-number of items that may exist is fixed on the host; so a captured graph suits any lengths, and programs without an
-item end at once. One plan serves all layers with the same window.
+(flash-decoding, Dao et al. 2023, with the parts chosen from the true lengths), as long as suits the number of sequences
+there are, or as much longer as it takes to have no more items than there is room for, about as many as fill the GPU.
+Only the number of items that may exist is fixed on the host; so a captured graph suits any lengths and any number of
+sequences up to its own, and programs without an item end at once. One plan serves all layers with the same window.
 
 items: [capacity, FIELDS] int32, see `_plan_kernel`. Parts are cut at multiples of `tile` keys.
 """
@@ -32,19 +32,14 @@ class Queries(NamedTuple):
 
 FIELDS = 8
 """int32 numbers an item has: 32 bytes, one sector of memory."""
-SHORTEST = ((16, 128), (64, 256), (None, 512))
-"""Keys below which a part is not worth its start, by at most so many sequences times KV heads: many sequences fill the
-GPU uncut, and a few must be cut although adding up their parts costs time."""
+_NUMBERS = ["first_seq", "num_seqs", "least", "most", "window", "capacity", "kv_heads", "counters_each", "tile"]
 
 
-class Schedule(NamedTuple):
-    """What the host decides: room for items, and about how many keys a part has where there is room."""
-
-    capacity: int
-    shortest: int
-
-
-_NUMBERS = ["first_seq", "num_seqs", "least", "most", "window", "capacity", "shortest", "counters_each", "tile"]
+@triton.jit
+def _shortest_part(heads):
+    """Keys below which a part is not worth its start, for sequences times KV heads: many sequences fill the GPU uncut,
+    and a few must be cut although adding up their parts costs time."""
+    return tl.where(heads <= 16, 128, tl.where(heads <= 64, 256, 512))
 
 
 @relaunched
@@ -61,7 +56,7 @@ def _plan_kernel(
     most,
     window,
     capacity,
-    shortest,
+    kv_heads,
     counters_each,
     tile,
     SEQS: tl.constexpr,
@@ -86,7 +81,7 @@ def _plan_kernel(
 
     # Where there is room, a sequence's parts depend on its own length alone; else on the shortest part, in tiles, of
     # which there is room for all.
-    part = tl.maximum(shortest // tile, 1)
+    part = tl.maximum(_shortest_part(tl.sum(inside.to(tl.int32)) * kv_heads) // tile, 1)
     enough = tl.maximum(tl.max(tiles), part)
     if tl.sum((tiles + part - 1) // part) <= capacity:  # as nearly always
         enough = part
@@ -118,13 +113,12 @@ def _plan_kernel(
         tl.store(counters + counter + i, 0, mask=counter + i < capacity * counters_each)
 
 
-def schedule(num_seqs: int, kv_heads: int, max_tiles: int, programs: int) -> Schedule:
-    """For `num_seqs` sequences of at most `max_tiles` tiles in all; `programs` run on the GPU at once."""
+def capacity_of(num_seqs: int, kv_heads: int, max_tiles: int, programs: int) -> int:
+    """Room for items of `num_seqs` sequences of at most `max_tiles` tiles in all; `programs` run on the GPU at once."""
     wave = max(1, programs // kv_heads)
     # Few sequences are cut into exactly one wave; many need more waves anyway, and equal parts matter less.
     capacity = wave if 2 * num_seqs <= wave else num_seqs + 2 * wave
-    shortest = next(keys for most, keys in SHORTEST if most is None or num_seqs * kv_heads <= most)
-    return Schedule(max(num_seqs, min(capacity, max_tiles)), shortest)
+    return max(num_seqs, min(capacity, max_tiles))
 
 
 @lru_cache
@@ -142,7 +136,7 @@ def plan_triton(
     queries: Queries,
     window: int | None,
     tile: int,
-    shortest: int,
+    kv_heads: int,
 ) -> Tensor:
     """The items of sequences first_seq … first_seq + num_seqs - 1, as far as they have `queries`; there must be room
     for each of those. counters: [capacity, KV heads * …] int32."""
@@ -151,7 +145,7 @@ def plan_triton(
     seqs = max(64, power_of_2(num_seqs))
     _plan_kernel[(1,)](
         meta.positions, meta.query_start, meta.rows, items, counters,
-        first_seq, num_seqs, *queries, window or 0, capacity, shortest, each, tile,
+        first_seq, num_seqs, *queries, window or 0, capacity, kv_heads, each, tile,
         SEQS=seqs, FIELDS=FIELDS, WINDOWED=window is not None, num_warps=1 if seqs <= 64 else 4,
     )  # fmt: skip
     return items
