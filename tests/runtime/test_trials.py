@@ -37,6 +37,9 @@ class Machine:
         self.free_at = max(self.free_at, self.now) + self.seconds(plan)
         return Done(self, plan, self.free_at)
 
+    def notice(self) -> None:
+        """The host sees a result."""
+
     def loaded(self) -> list[AdapterLoad]:
         return []
 
@@ -49,6 +52,7 @@ class Done:
 
     def result(self) -> StepResult:
         self.machine.now = max(self.machine.now, self.at)
+        self.machine.notice()
         return StepResult(step_id=0, rows=[])
 
 
@@ -65,6 +69,21 @@ def test_a_table_is_what_the_machine_takes(depth: int) -> None:
                 assert table.target(rows, tokens) == pytest.approx(13.0 + 0.1 * tokens, rel=0.02)
         assert table.draft("draft_model", rows, 5) == pytest.approx(6.0)
     assert table.catch_up("ngram+draft_model", 300) == pytest.approx(3.0)
+
+
+class Distracted(Machine):
+    """Every other result is noticed 4 ms late, while the next step runs on."""
+
+    def notice(self) -> None:
+        if len(self.plans) % 2:
+            self.now += 0.004
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_step_is_not_thought_short_because_the_one_before_was_noticed_late(depth: int) -> None:
+    machine = Distracted()
+    trials = Trials(machine, max_model_len=2048, depth=depth, seconds=60.0, clock=machine.clock)
+    assert trials.milliseconds(uniform(5, 0, None)) == pytest.approx(10.5, abs=1.5)
 
 
 def test_trials_end_in_time_and_begin_with_what_matters_most() -> None:

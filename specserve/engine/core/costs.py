@@ -9,7 +9,7 @@ from specserve.runtime.trials import Trial, Trials, one_draft, trial_rows, unifo
 from specserve.scheduling.cost_table import MAX_AUTO_DRAFTS, MAX_POSITIONS, CostTable, DraftCosts
 from specserve.scheduling.curve import Curve
 
-SECONDS = {"cpu": 0.8, "cuda": 1.8}  # for all trials
+SECONDS = {"cpu": 0.8, "cuda": 3.0}  # for all trials
 FREE = "ngram"  # the proposer whose drafts count as free: always there, and one small launch
 DRAFTER = "draft_model"
 FEW, SOME = 1, 4  # drafts, from which the first pass and the further ones are told apart
