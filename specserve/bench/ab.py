@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from specserve.bench.comparing import AbOptions, Plan
 from specserve.bench.fleet import Fleet
+from specserve.bench.plan import AbOptions, Plan
 from specserve.bench.records import Comparison, RequestRecord, RunRecord, TracedRequest, VariantInfo
-from specserve.bench.servers import RunningServer, ServerFailedError, server_facts
+from specserve.bench.servers import RunningServer, ServerFailedError
 from specserve.bench.turns import Load, Turn, in_blocks, interleaved
 from specserve.bench.variants import Variant
 
@@ -23,13 +23,16 @@ TOGETHER = "interleaved: all servers resident, those not measured sent nothing"
 APART = "in blocks: one server at a time, with restarts"
 
 
-class Measure(Protocol):
-    """Sends a trace to a server under a load; calls `ended` with each request's record as it ends, and returns how long
-    the run took, in seconds. Cancelled, it leaves no connection open."""
+class Sender(Protocol):
+    """What sends requests (`Sending` does)."""
 
-    async def __call__(
+    async def facts(self, server: RunningServer) -> dict[str, Any]:
+        """What the server tells of itself."""
+
+    async def run(
         self, server: RunningServer, trace: Sequence[TracedRequest], load: Load, ended: Callable[[RequestRecord], None]
-    ) -> float: ...
+    ) -> float:
+        """Send a trace; `ended` gets each request's record at its end. Returns how many seconds it took in all."""
 
 
 class Watcher(Protocol):
@@ -69,20 +72,21 @@ class _Kept:
     def comparison(self) -> Comparison:
         return Comparison(list(self.infos.values()), self.runs, self.facts)
 
-    async def ask(self, server: RunningServer) -> None:
+    async def ask(self, server: RunningServer, sender: Sender) -> None:
         """Note what a server tells of itself, once."""
         info = self.infos[server.variant.name]
         if not info.server:
-            command = list(server.command)
-            told = await server_facts(server)
-            self.infos[info.variant] = msgspec.structs.replace(info, command=command, url=server.url, server=told)
+            told = await sender.facts(server)
+            self.infos[info.variant] = msgspec.structs.replace(
+                info, command=list(server.command), url=server.url, server=told
+            )
 
 
 async def compare(
     variants: Sequence[Variant],
     options: AbOptions,
     plan: Plan,
-    measure: Measure,
+    sender: Sender,
     watcher: Watcher,
     *,
     folder: Path,
@@ -97,7 +101,7 @@ async def compare(
     fleet = Fleet(variants, folder / "logs", start_timeout=options.start_timeout, told=watcher.told)
     try:
         async with fleet:
-            await _all_turns(fleet, options, plan, measure, watcher, kept)
+            await _all_turns(fleet, options, plan, sender, watcher, kept)
     except ServerFailedError as failure:
         return Outcome(kept.comparison(), str(failure))
     except asyncio.CancelledError:
@@ -106,7 +110,7 @@ async def compare(
 
 
 async def _all_turns(
-    fleet: Fleet, options: AbOptions, plan: Plan, measure: Measure, watcher: Watcher, kept: _Kept
+    fleet: Fleet, options: AbOptions, plan: Plan, sender: Sender, watcher: Watcher, kept: _Kept
 ) -> None:
     apart: str | None = "asked for" if options.one_at_a_time else None
     if apart is None:
@@ -125,13 +129,13 @@ async def _all_turns(
     server_of: Callable[[str], Awaitable[RunningServer]] = resident if apart is None else fleet.alone
     for turn in turns:
         server = await server_of(turn.variant)
-        await kept.ask(server)
+        await kept.ask(server, sender)
         watcher.began(turn)
-        await _one_turn(server, turn, plan.requests(turn), measure, watcher, kept)
+        await _one_turn(server, turn, plan.requests(turn), sender, watcher, kept)
 
 
 async def _one_turn(
-    server: RunningServer, turn: Turn, trace: Sequence[TracedRequest], measure: Measure, watcher: Watcher, kept: _Kept
+    server: RunningServer, turn: Turn, trace: Sequence[TracedRequest], sender: Sender, watcher: Watcher, kept: _Kept
 ) -> None:
     """One run. Whatever ends it early, its finished requests are kept."""
     records: list[RequestRecord] = []
@@ -142,8 +146,8 @@ async def _one_turn(
 
     begin, duration = asyncio.get_running_loop().time(), None
     try:
-        duration = await _while_alive(server, measure(server, trace, turn.load, ended))
-        _check_answered(server, records)
+        duration = await _while_alive(server, sender.run(server, trace, turn.load, ended))
+        _check_answered(server, records, len(trace))
     finally:
         if records and not turn.warm_up:
             spent = asyncio.get_running_loop().time() - begin
@@ -168,10 +172,12 @@ async def _while_alive(server: RunningServer, run: Awaitable[float]) -> float:
             await task
 
 
-def _check_answered(server: RunningServer, records: Sequence[RequestRecord]) -> None:
+def _check_answered(server: RunningServer, records: Sequence[RequestRecord], sent: int) -> None:
     """A server that answers nothing is as good as dead, and going on would only fill a report with errors."""
-    if records and all(record.error is not None for record in records):
-        variant = server.variant
-        raise ServerFailedError(
-            variant.name, f"{variant.name} ({variant.title}) failed every request of a run: {records[0].error}"
-        )
+    failed = [record.error for record in records if record.error is not None]
+    name = f"{server.variant.name} ({server.variant.title})"
+    if len(records) < sent:
+        last = f": {failed[-1]}" if failed else ""
+        raise ServerFailedError(server.variant.name, f"{name} takes no connections any more{last}")
+    if len(failed) == sent:
+        raise ServerFailedError(server.variant.name, f"{name} failed every request of a run: {failed[0]}")

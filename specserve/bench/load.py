@@ -76,6 +76,8 @@ class _Run:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
+            # Cut short, its tasks are cancelled later, and nobody asks then how it ended.
+            everything.add_done_callback(lambda done: done.cancelled() or done.exception())
         if everything.done():
             everything.result()  # raises what no record can tell: an error of ours
 

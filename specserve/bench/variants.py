@@ -25,12 +25,14 @@ class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
     command: tuple[str, ...] = ()
     url: str | None = None
     environment: dict[str, str] = {}
+    model: str | None = None  # its name in the API, where the server's list of models does not begin with it
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run: str
     title: str | None = None
     environment: dict[str, str] = {}
+    model: str | None = None
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,9 +40,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str | None = None
 
 
-def parse_variant(
-    name: str, text: str, model: str, *, title: str | None = None, environment: Mapping[str, str] | None = None
-) -> Variant:
+def parse_variant(name: str, text: str, model: str) -> Variant:
     """A variant of `http://…`, of a server's command (`vllm serve …`) or of flags of `specserve serve`.
 
     `model` is what flags alone serve. Raises InvalidRequestError naming the variant.
@@ -48,14 +48,13 @@ def parse_variant(
     if not _NAME.fullmatch(name):
         raise InvalidRequestError(f"The variant name {name!r} must be 1 to 40 of the characters A-Z a-z 0-9 . _ -")
     if text.startswith(("http://", "https://")):
-        return Variant(name, title or text, url=text.rstrip("/"))
+        return Variant(name, text, url=text.rstrip("/"))
     words = _words(name, text)
-    more = dict(environment or {})
     if not words or words[0].startswith("-"):
-        return Variant(name, title or _title(words), "specserve", _serve([model, *words]), environment=more)
+        return Variant(name, _title(words), "specserve", _serve([model, *words]))
     if words[0] == "specserve" and words[1:2] == ["serve"]:
         own = words[2:] if words[2:] and not words[2].startswith("-") else [model, *words[2:]]
-        return Variant(name, title or _title(words), "specserve", _serve(own), environment=more)
+        return Variant(name, _title(words), "specserve", _serve(own))
     engine = engine_of(words)
     if engine is None and not any("{port}" in word for word in words):
         raise InvalidRequestError(
@@ -63,11 +62,14 @@ def parse_variant(
             "another server's port as {port}, say `./serve --port {port}`."
         )
     check_installed(words)
-    return Variant(name, title or _title(words), engine.name if engine else "unknown", tuple(words), environment=more)
+    # `transformers serve` lists all models that are on the machine.
+    only = words[2] if engine and engine.name == "transformers" and words[2:] and words[2][0] != "-" else None
+    return Variant(name, _title(words), engine.name if engine else "unknown", tuple(words), model=only)
 
 
 def read_variants(path: str, model: str) -> list[Variant]:
-    """The variants of a YAML file: `variants: {NAME: TEXT or {run: TEXT, title: …, environment: {…}}}`, and `model`.
+    """The variants of a YAML file: `variants: {NAME: TEXT or {run: TEXT, title, environment, model}}`, and the
+    `model` of those that are flags alone.
 
     Raises InvalidRequestError naming what is wrong where.
     """
@@ -81,10 +83,14 @@ def read_variants(path: str, model: str) -> list[Variant]:
     check_count(found.variants)
     served = found.model or model
     entries = {name: _Entry(value) if isinstance(value, str) else value for name, value in found.variants.items()}
-    return [
-        parse_variant(name, entry.run, served, title=entry.title, environment=entry.environment)
-        for name, entry in entries.items()
-    ]
+    return [_of_entry(name, entry, served) for name, entry in entries.items()]
+
+
+def _of_entry(name: str, entry: _Entry, served: str) -> Variant:
+    found = parse_variant(name, entry.run, served)
+    return msgspec.structs.replace(
+        found, title=entry.title or found.title, environment=entry.environment, model=entry.model or found.model
+    )
 
 
 def check_count(variants: Sequence[object] | Mapping[str, object]) -> None:

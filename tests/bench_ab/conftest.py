@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,24 @@ import pytest
 from specserve.bench.variants import Variant
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
+
+
+@pytest.fixture
+def gone() -> Callable[[int], bool]:
+    """Whether a process that was killed a moment ago, by whomever, is no more; a zombie is none."""
+
+    def check(pid: int) -> bool:
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            try:
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                    return True
+            except FileNotFoundError:
+                return True
+            time.sleep(0.01)
+        return False
+
+    return check
 
 
 @pytest.fixture

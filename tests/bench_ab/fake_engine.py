@@ -1,7 +1,7 @@
 """A server of OpenAI's completions that streams made-up tokens at a known pace: `fake_engine.py --port N …`.
 
-A request of n tokens takes first-token seconds and (n − 1) times the seconds a token, whatever else runs, so that the
-ratio of two of them is known.
+Token i comes (i + 1) times the seconds a token after the request, whatever else runs, so that the ratio of two of them
+is known.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ class FakeEngine:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         count = int(body.get("max_tokens") or 16)
+        clock = asyncio.get_running_loop().time
+        begin = clock()
         for place in range(count):
-            await asyncio.sleep(pace)
+            await asyncio.sleep(begin + (place + 1) * pace - clock())
             text = f" w{place}" if place < self.args.wrong_after else " wrong"
             last = place == count - 1
             await self._send(response, [{"index": 0, "text": text, "finish_reason": "length" if last else None}])

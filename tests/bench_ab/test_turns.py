@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from specserve.bench.comparing import AbOptions, load_name, make_plan
 from specserve.bench.options import TraceOptions
+from specserve.bench.plan import AbOptions, load_name, make_plan
 from specserve.bench.turns import Load, Turn, in_blocks, interleaved
 from specserve.core.errors import InvalidRequestError
 
