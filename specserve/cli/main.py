@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from specserve.cli.adapters import add_adapters
+from specserve.cli.bench import add_bench
 from specserve.cli.serve import add_serve
 
 
@@ -17,6 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_serve(commands)
     add_adapters(commands)
+    add_bench(commands)
     return parser
 
 

@@ -1,0 +1,18 @@
+"""`specserve bench …`: measure servers, or the engine without one."""
+
+from __future__ import annotations
+
+import argparse
+
+from specserve.cli.bench_kernels import add_kernels
+from specserve.cli.bench_offline import add_latency, add_throughput
+from specserve.cli.bench_serve import add_serve
+
+
+def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("bench", help="measure servers, or the engine without one")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add_serve(actions)
+    add_throughput(actions)
+    add_latency(actions)
+    add_kernels(actions)

@@ -1,0 +1,159 @@
+"""`specserve bench serve`: load on a running server, with the flags and figures of `vllm bench serve`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+from tqdm import tqdm
+
+from specserve.bench.facts import append_line, surroundings
+from specserve.bench.options import TraceOptions
+from specserve.bench.records import Comparison, RequestRecord, RunRecord
+from specserve.bench.serve import SERVE_HELP, Prepared, ServeOptions, measure, prepare
+from specserve.cli.bench_flags import add_trace_flags, trace_options
+from specserve.cli.flags import add_flags, from_flags
+from specserve.config import environment_api_key
+from specserve.core.errors import SpecserveError
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+BAR = "{desc} {n_fmt}/{total_fmt} requests |{bar:20}| {elapsed}{postfix}"
+MAX_ERRORS = 5  # different ones, shown at the end
+
+
+def add_serve(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "send requests to a running server and tell latencies, throughput and acceptance"
+    parser = actions.add_parser(
+        "serve",
+        help=text,
+        description=text[0].upper()
+        + text[1:]
+        + ": specserve's, or any with OpenAI's API (vLLM, SGLang, TGI, …). Flags "
+        "and figures are those of `vllm bench serve` where they mean the same.",
+    )
+    group = parser.add_argument_group("server and run")
+    add_flags(group, ServeOptions, SERVE_HELP)
+    group.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="service level objectives, of ttft, tpot and e2el: how many requests a second keep all of them",
+    )
+    add_trace_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 0, or 1 if the server died or no request succeeded, 2 if asked for what cannot be, 130 if
+    interrupted. What was measured by then is printed and saved all the same."""
+    from specserve.bench.metrics import Slos, summarise  # noqa: PLC0415  numpy: no other command waits for it
+    from specserve.bench.metrics_text import text  # noqa: PLC0415
+
+    options = from_flags(ServeOptions, args)
+    options = msgspec.structs.replace(options, api_key=options.api_key or environment_api_key())
+    asked = trace_options(args)
+    try:
+        slos = Slos.parse(args.goodput) if args.goodput else None
+        prepared, record, interrupted = asyncio.run(_measure(options, asked))
+    except SpecserveError as error:
+        print(f"specserve: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    summary = summarise([record], slos)
+    print(text(summary))
+    _tell_failures(prepared, record, interrupted)
+    if options.save_result or options.result_filename is not None:
+        path = result_path(options, asked, prepared)
+        append_line(path, _result(options, asked, prepared, record, summary.flat()))
+        print(f"Added to {path}.")
+    if interrupted:
+        return EXIT_INTERRUPTED
+    return 0 if record.complete and summary.completed else EXIT_FAILED
+
+
+async def _measure(options: ServeOptions, asked: TraceOptions) -> tuple[Prepared, RunRecord, bool]:
+    """What was sent, what came of it, and whether a Ctrl-C ended it."""
+    prepared = await prepare(options, asked)
+    stop = asyncio.Event()
+    with _until_interrupted(stop) as was_interrupted, _bar(len(prepared.trace)) as on_end:
+        record = await measure(prepared, options, asked, on_end, stop)
+        return prepared, record, was_interrupted()
+
+
+@contextlib.contextmanager
+def _until_interrupted(stop: asyncio.Event) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C sets `stop`, so that what was measured is told; a second one ends the process as usual."""
+    loop, interrupts = asyncio.get_running_loop(), 0
+
+    def interrupted() -> None:
+        nonlocal interrupts
+        interrupts += 1
+        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not in the main thread, or no Unix
+        loop.add_signal_handler(signal.SIGINT, interrupted)
+    try:
+        yield lambda: interrupts > 0
+    finally:
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            loop.remove_signal_handler(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[RequestRecord], None]]:
+    """A bar on a terminal; what is yielded takes each record as it comes."""
+    failed = 0
+    # disable=None: shown on a terminal alone.
+    with tqdm(desc="Measuring", total=total, bar_format=BAR, disable=None, leave=False) as bar:
+
+        def on_end(record: RequestRecord) -> None:
+            nonlocal failed
+            if record.error is not None:
+                failed += 1
+                bar.set_postfix_str(f"{failed} failed", refresh=False)
+            bar.update()
+
+        yield on_end
+
+
+def _tell_failures(prepared: Prepared, record: RunRecord, interrupted: bool) -> None:
+    errors: dict[str, int] = {}
+    for request in record.requests:
+        if request.error is not None:
+            errors[request.error] = errors.get(request.error, 0) + 1
+    for error, count in sorted(errors.items(), key=lambda item: -item[1])[:MAX_ERRORS]:
+        print(f"specserve: {count} of {len(prepared.trace)} requests failed: {error}", file=sys.stderr)
+    if not record.complete:
+        why = "interrupted" if interrupted else f"the server at {prepared.target.url} takes no connections any more"
+        ended = f"{len(record.requests)} of {len(prepared.trace)} requests had ended; the figures are theirs"
+        print(f"specserve: {why}. {ended}.", file=sys.stderr)
+
+
+def result_path(options: ServeOptions, asked: TraceOptions, prepared: Prepared) -> Path:
+    """As named; else LABEL-RATEqps[-concurrencyN]-MODEL.jsonl."""
+    folder = Path(options.result_dir or ".")
+    if options.result_filename is not None:
+        return folder / options.result_filename
+    limit = f"-concurrency{options.max_concurrency}" if options.max_concurrency is not None else ""
+    label = options.label or prepared.target.engine
+    name = f"{label}-{asked.request_rate:g}qps{limit}-{prepared.target.model}"
+    return folder / (re.sub(r"[^\w.\-]+", "_", name) + ".jsonl")
+
+
+def _result(
+    options: ServeOptions, asked: TraceOptions, prepared: Prepared, record: RunRecord, metrics: dict[str, float]
+) -> Comparison:
+    """The file's line: a comparison of one variant, which reports read, with its figures among the facts."""
+    label = options.label or prepared.target.engine
+    told = record if options.save_detailed else msgspec.structs.replace(record, requests=[])
+    facts = surroundings() | {"trace": asked, "metrics": metrics}
+    info = msgspec.structs.replace(prepared.info, variant=label, title=label)
+    return Comparison([info], [msgspec.structs.replace(told, variant=label)], facts)
