@@ -1,0 +1,149 @@
+"""The outcome in words: who wins where and by how much, in one sentence, and what to keep in mind about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from specserve.bench.break_even import BreakEven
+from specserve.bench.compare import AtLoad, Compared
+from specserve.bench.metrics import Summary
+from specserve.bench.pairs import Load
+from specserve.bench.stats import Ratio
+
+Outcome = Literal["faster", "slower", "no difference", "too few"]
+TELLING = 1.2  # bounds around 1 that are further apart than this factor hide what would be worth knowing
+LONGER = 1.02  # answers whose lengths differ by more make times hard to compare
+LISTED = 3  # loads that are named one by one; of more, the first and the last
+UNITS = {
+    "concurrency": "concurrency {}", "rate": "{} requests/s", "adapters": "{} adapters", "rank": "rank {}",
+    "alpha": "α = {}",
+}  # fmt: skip
+
+
+def outcome(ratio: Ratio | None) -> Outcome:
+    """Of B; "no difference" only where one worth having would have been found."""
+    bounds = None if ratio is None else ratio.bounds
+    if bounds is None:
+        return "too few"
+    low, high = bounds
+    if low > 1 or high < 1:
+        return "faster" if low > 1 else "slower"
+    return "no difference" if high <= low * TELLING else "too few"
+
+
+def load_name(load: Load) -> str:
+    """For a reader: "concurrency 8", "2.5 requests/s, 8 adapters"."""
+    return ", ".join(UNITS.get(name, name + " {}").format(number(value)) for name, value in load.items())
+
+
+def verdict(compared: Compared) -> str:
+    """One sentence."""
+    a, b, loads = compared.a.variant, compared.b.variant, compared.loads
+    if not any(at.pairs for at in loads):
+        return f"Nothing to compare: no request was answered by both {a} and {b}."
+    groups: dict[Outcome, list[AtLoad]] = {}
+    for at in loads:
+        groups.setdefault(outcome(at.headline), []).append(at)
+    said = []
+    if "faster" in groups:
+        said.append(f"{b} is {_speedups(groups['faster'], compared, f' as fast as {a}')}")
+    if "slower" in groups:
+        said.append(f"{b} is slower than {a}: {_speedups(groups['slower'], compared, ' as fast')}")
+    if "no difference" in groups:
+        said.append(f"no difference found {_places(groups['no difference'], compared)}")
+    if "too few" in groups:
+        said.append(f"too few requests to say {_places(groups['too few'], compared)}")
+    said += [_stops(one) for others, one in compared.break_evens if not others and one.kind == "at"]
+    sentence = "; ".join(said)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def cautions(compared: Compared) -> list[str]:
+    """What a reader of the verdict must know: failures, runs cut short, one round alone, answers of other lengths."""
+    a, b, loads = compared.a.variant, compared.b.variant, compared.loads
+    found = []
+    for name, sides in ((a, [at.a for at in loads]), (b, [at.b for at in loads])):
+        failed = sum(side.failed for side in sides)
+        if failed:
+            total = failed + sum(side.completed for side in sides)
+            found.append(f"{failed} of {total} requests to {name} failed; they are left out of all times.")
+    if not all(at.complete for at in loads):
+        found.append("The measurement was cut short; what had been measured by then is here.")
+    if any(at.rounds == 1 for at in loads):
+        found.append("One round tells nothing of drift: its bounds hold for that round alone.")
+    lengths = [_length([at.a for at in loads]), _length([at.b for at in loads])]
+    if min(lengths) and max(lengths) > LONGER * min(lengths):
+        told = f"{lengths[0]:.1f} tokens on average with {a}, {lengths[1]:.1f} with {b}"
+        found.append(f"Answers differ in length ({told}): compare times per token rather than E2EL.")
+    return found
+
+
+def stated(ratio: Ratio | None) -> str:
+    """A speedup with its bounds: "1.25× (1.21–1.29)"."""
+    if ratio is None:
+        return "–"
+    bounds = ratio.bounds
+    return f"{ratio.speedup:.2f}×" + ("" if bounds is None else f" ({bounds[0]:.2f}–{bounds[1]:.2f})")
+
+
+def break_even_text(one: BreakEven, b: str) -> str:
+    """A sentence of its own, also where nothing was crossed."""
+    lowest, highest = (load_name({one.axis: load}) for load in (one.lowest, one.highest))
+    if one.kind == "at":
+        sentence = _stops(one)
+        return f"{b}{sentence[2:]}."
+    return {
+        "beyond": f"{b} still wins at {highest}, the highest load measured.",
+        "never": f"{b} wins at no load measured, from {lowest} to {highest}.",
+        "no difference": f"No difference was found at any load measured, from {lowest} to {highest}.",
+    }[one.kind]
+
+
+def number(value: float | int | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def _speedups(loads: Sequence[AtLoad], compared: Compared, unit: str) -> str:
+    """ "1.84× as fast as A at concurrency 1 (95 %: 1.79–1.90), 1.21× at concurrency 8 (1.16–1.26)"."""
+    shown = [at for at in loads if at.headline is not None and at.headline.bounds is not None]
+    ends = len(shown) > LISTED
+    parts: list[str] = []
+    for at in [shown[0], shown[-1]] if ends else shown:
+        assert at.headline is not None and at.headline.bounds is not None
+        low, high = at.headline.bounds
+        share = "" if parts else f"{100 * compared.confidence:g} %: "
+        place = f" at {load_name(at.load)}" if at.load else ""
+        parts.append(f"{at.headline.speedup:.2f}×{'' if parts else unit}{place} ({share}{low:.2f}–{high:.2f})")
+    return (" to " if ends else ", ").join(parts)
+
+
+def _places(loads: Sequence[AtLoad], compared: Compared) -> str:
+    """ "at concurrency 32 (95 %: 0.98–1.02), …", or with all loads the pair alone."""
+    pairs = sum(at.pairs for at in loads)
+    bounds = [at.headline.bounds for at in loads if at.headline is not None and at.headline.bounds is not None]
+    share = f"{100 * compared.confidence:g} %: "
+    told = f"{share}{min(low for low, _ in bounds):.2f}–{max(high for _, high in bounds):.2f}" if bounds else ""
+    told = ", ".join(part for part in (told, f"{pairs} pairs") if part)
+    if len(loads) == len(compared.loads):
+        return f"between {compared.a.variant} and {compared.b.variant} ({told})"
+    names = [load_name(at.load) for at in loads]
+    listed = f"{names[0]} to {names[-1]}" if len(names) > LISTED else ", ".join(names)
+    return f"at {listed} ({told})"
+
+
+def _stops(one: BreakEven) -> str:
+    """Of kind "at"."""
+    assert one.load is not None
+    sentence = f"it stops winning at about {load_name({one.axis: round(one.load, 1 if one.load < 10 else None)})}"
+    if not one.bounded:
+        return sentence
+    low = f"below {number(one.lowest)}" if one.low is None else f"{one.low:.3g}"
+    high = f"beyond {number(one.highest)}" if one.high is None else f"{one.high:.3g}"
+    return f"{sentence} ({low} to {high})"
+
+
+def _length(sides: Sequence[Summary]) -> float:
+    """Output tokens of a request, on average."""
+    completed = sum(side.completed for side in sides)
+    return sum(side.total_output_tokens for side in sides) / completed if completed else 0.0
