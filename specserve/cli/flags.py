@@ -48,7 +48,7 @@ SERVER_HELP = {
 }
 
 
-_ANY_INTEGER = ("seed", "port", "max_waiting", "top_k", "random_prefix_len", "num_warmups", "num_iters_warmup")
+_ANY_INTEGER = ("seed", "port", "max_waiting", "top_k", "random_prefix_len", "num_warmups")
 
 
 def add_flags(parser: argparse._ActionsContainer, kind: type[msgspec.Struct], helps: Mapping[str, str]) -> None:
