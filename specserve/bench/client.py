@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from specserve.bench.target import Target
 
 CONNECT_SECONDS = 30.0
 PROBES, PROBE_SECONDS = 4, 0.25  # a server that refuses this often, so far apart, is gone
+ANSWER_SECONDS = 5.0  # one that does not answer within is busy
+MOST_SOCKETS = 65536
 
 
 @dataclass(slots=True)
@@ -114,18 +117,22 @@ class Client:
             if probe:
                 await asyncio.sleep(PROBE_SECONDS)
             try:
-                async with self._session.get(self.target.url + "/health"):
+                async with self._session.get(self.target.url + "/health", timeout=_PROBE_TIMEOUT):
                     return True
-            except aiohttp.ClientConnectionError:
-                continue
-            except (aiohttp.ClientError, TimeoutError):
+            except TimeoutError:
                 return True
+            except aiohttp.ClientError:
+                continue
         return False
+
+
+_PROBE_TIMEOUT = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
 
 
 @contextlib.asynccontextmanager
 async def connect(target: Target) -> AsyncIterator[Client]:
     """A client whose connections end with the block."""
+    _allow_many_sockets()
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
     # Servers close idle connections after 5 s (uvicorn) or more: one that is about to be closed is not used again.
     connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=None, keepalive_timeout=3)
@@ -135,6 +142,14 @@ async def connect(target: Target) -> AsyncIterator[Client]:
         connector=connector, timeout=timeout, headers=headers, skip_auto_headers=skipped
     ) as session:
         yield Client(target, session)
+
+
+def _allow_many_sockets() -> None:
+    """Each stream has a socket, and a process may often have but 1024 of them until it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_SOCKETS if hard == resource.RLIM_INFINITY else min(MOST_SOCKETS, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 async def _read(response: aiohttp.ClientResponse, answer: _Answer, start: float) -> None:

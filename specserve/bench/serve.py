@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +106,7 @@ async def prepare(options: ServeOptions, asked: TraceOptions) -> Prepared:
     )  # fmt: skip
     asked = msgspec.structs.replace(asked, lora_modules=_adapters(asked.lora_modules, found))
 
+    @cache
     def tokens() -> Vocabulary:
         return Vocabulary.load(options.tokenizer or found.root)
 
