@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     except SpecserveError as error:
         print(f"specserve: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    except KeyboardInterrupt:  # before the first request, or the second one
+        print("specserve: interrupted; nothing is told of what was measured.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     summary = summarise([record], slos)
     print(text(summary))
     _tell_failures(prepared, record, interrupted)
