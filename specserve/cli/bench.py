@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from specserve.cli.bench_ab import add_ab
 from specserve.cli.bench_kernels import add_kernels
 from specserve.cli.bench_offline import add_latency, add_throughput
 from specserve.cli.bench_serve import add_serve
@@ -13,6 +14,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser("bench", help="measure servers, or the engine without one")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_serve(actions)
+    add_ab(actions)
     add_throughput(actions)
     add_latency(actions)
     add_kernels(actions)

@@ -63,7 +63,7 @@ class FakeEngine:
         begin = clock()
         for place in range(count):
             await asyncio.sleep(begin + (place + 1) * pace - clock())
-            text = f" w{place}" if place < self.args.wrong_after else " wrong"
+            text = f" w{place}" if place < self.args.wrong_after else " other"
             last = place == count - 1
             await self._send(response, [{"index": 0, "text": text, "finish_reason": "length" if last else None}])
         usage = {"prompt_tokens": 5, "completion_tokens": count, "total_tokens": 5 + count}

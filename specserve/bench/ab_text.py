@@ -1,0 +1,80 @@
+"""A comparison as a terminal shows it: the verdict, a table a load, and what else there is to know."""
+
+from __future__ import annotations
+
+from specserve.bench.compare import AtLoad, Compared
+from specserve.bench.metrics import Summary
+from specserve.bench.verdict import break_even_text, cautions, load_name, stated, verdict
+
+ROWS = {
+    "median_ttft_ms": "TTFT p50 (ms)", "p99_ttft_ms": "TTFT p99 (ms)", "median_tpot_ms": "TPOT p50 (ms)",
+    "p99_tpot_ms": "TPOT p99 (ms)", "median_itl_ms": "ITL p50 (ms)", "p99_itl_ms": "ITL p99 (ms)",
+    "mean_e2el_ms": "E2EL mean (ms)", "median_e2el_ms": "E2EL p50 (ms)", "p99_e2el_ms": "E2EL p99 (ms)",
+    "request_throughput": "Requests/s", "output_throughput": "Tokens/s", "request_goodput": "Goodput (requests/s)",
+}  # fmt: skip
+MAX_SHOWN = 60  # characters of a difference
+
+
+def text(compared: Compared) -> str:
+    """Several lines: the figures that both sides have, with the interval of each speedup where it can be told."""
+    a, b = compared.a, compared.b
+    parts = [
+        verdict(compared),
+        *cautions(compared),
+        "",
+        f"{a.variant}: {a.title}",
+        f"{b.variant}: {b.title}",
+        *(line for at in compared.loads for line in ("", *_table(at, compared))),
+        "",
+        f"×: how many times as good {b.variant} is as {a.variant}, with the interval that holds it at "
+        f"{100 * compared.confidence:g} %.",
+        *(break_even_text(one, b.variant) for _, one in compared.break_evens),
+        *_equality(compared),
+    ]
+    return "\n".join(parts)
+
+
+def _table(at: AtLoad, compared: Compared) -> list[str]:
+    found = {name: at.ratios[name] for name in ROWS if name in at.ratios}
+    head = (
+        f"{load_name(at.load)} ({at.pairs} pairs in {at.rounds} rounds)",
+        compared.a.variant,
+        compared.b.variant,
+        "",
+    )
+    rows = [head, *((ROWS[name], _figure(ratio.a), _figure(ratio.b), stated(ratio)) for name, ratio in found.items())]
+    accepted = _accepted(at.a), _accepted(at.b)
+    if any(accepted):
+        rows.append(("Drafts accepted", *accepted, ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        f"{name:<{widths[0]}}  {ours:>{widths[1]}}  {theirs:>{widths[2]}}  {told}".rstrip()
+        for name, ours, theirs, told in rows
+    ]
+
+
+def _accepted(side: Summary) -> str:
+    return f"{side.acceptance.rate:.0%}" if side.acceptance else ""
+
+
+def _figure(value: float) -> str:
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def _equality(compared: Compared) -> list[str]:
+    found = compared.equality
+    if found is None:
+        return []
+    told = f"{found.equal} of {found.pairs} answers have the same text on both sides ({found.share:.0%})"
+    if found.first is None:
+        return [f"{told}."]
+    first = found.first
+    ends = [
+        f"  {name} goes on with {_shown(end)}"
+        for name, end in ((compared.a.variant, first.a), (compared.b.variant, first.b))
+    ]
+    return [f"{told}; the first difference is in request {first.index}, after {_shown(first.before)}:", *ends]
+
+
+def _shown(end: str) -> str:
+    return repr(end[:MAX_SHOWN]) if end else "nothing more"

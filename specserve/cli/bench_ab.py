@@ -1,0 +1,205 @@
+"""`specserve bench ab`: which of two servers is faster, by how much, and whether they answer the same."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+
+from specserve.bench.ab import Outcome, compare
+from specserve.bench.ab_text import text
+from specserve.bench.compare import comparisons
+from specserve.bench.facts import surroundings
+from specserve.bench.metrics import Slos
+from specserve.bench.options import TRACE_HELP, TraceOptions
+from specserve.bench.plan import AbOptions, Plan, make_plan
+from specserve.bench.sending import Sending
+from specserve.bench.target import CHAT, COMPLETIONS
+from specserve.bench.trace import as_text
+from specserve.bench.variants import Variant, check_count, parse_variant, read_variants
+from specserve.bench.vocabulary import Vocabulary
+from specserve.cli.bench_ab_watch import Progress, until_signalled
+from specserve.cli.bench_flags import add_trace_flags, trace_options
+from specserve.cli.flags import add_flags, from_flags
+from specserve.config import DEMO_ROOT, environment_api_key
+from specserve.core.errors import InvalidRequestError, SpecserveError
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+DEMO_OUTPUT_LEN = 64
+TEXT_ENGINES = ("tgi", "transformers")  # take no token ids
+AB_HELP = {
+    "rounds": "runs of each side and load, in alternating order",
+    "requests": "requests a run; default: twice the concurrency and some, or ten seconds of a rate",
+    "one_at_a_time": "never run two servers at once: whole blocks, with restarts",
+    "start_timeout": "seconds for a server to answer",
+}
+# A comparison has its own ways to say how many requests there are and when they come.
+TRACE_FLAGS = {
+    name: text for name, text in TRACE_HELP.items()
+    if name not in ("num_prompts", "request_rate") and not name.startswith("ramp_up")
+}  # fmt: skip
+EPILOG = """\
+A side is flags of `specserve serve`, the URL of a server that runs, or the command of one that is installed:
+
+  specserve bench ab
+  specserve bench ab --a "" --b "--draft-model demo"
+  specserve bench ab --model my/model --a "" --b "--draft-model my/draft" --concurrency 1,8,64
+  specserve bench ab --a http://127.0.0.1:8000 --b http://127.0.0.1:8001 --rates 2,8
+  specserve bench ab --a "specserve serve my/model" --b "vllm serve my/model"
+  specserve bench ab --variants variants.yaml
+
+The file has more than two, each compared with the first: {variants: {NAME: TEXT, …}, model: …}. Without sides: the
+bundled demo, without and with its draft model."""
+
+
+def add_ab(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = actions.add_parser(
+        "ab",
+        help="compare servers, or settings of one",
+        description="Measure servers in turn on the same requests: speed with intervals, and whether texts are equal.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--a", metavar="SIDE", help="flags of `specserve serve`, a URL, or a command")
+    parser.add_argument("--b", metavar="SIDE", help="likewise; it is compared with the first")
+    parser.add_argument("--variants", metavar="FILE", help="YAML of two or more sides, in place of --a and --b")
+    parser.add_argument("--model", default="demo", help="what flags alone serve: folder, hub id or demo [%(default)s]")
+    load = parser.add_argument_group("load").add_mutually_exclusive_group()
+    load.add_argument("--concurrency", type=_integers, default=(), metavar="N,N…", help="requests at a time [1,4,16]")
+    load.add_argument("--rates", type=_numbers, default=(), metavar="X,X…", help="requests/s, in place of that")
+    add_flags(parser.add_argument_group("rounds"), AbOptions, AB_HELP)
+    add_trace_flags(parser, TRACE_FLAGS)
+    asked = parser.add_argument_group("servers")
+    asked.add_argument("--tokenizer", help="folder or hub id; default: the model's")
+    asked.add_argument("--endpoint", choices=(COMPLETIONS, CHAT), default=COMPLETIONS)
+    asked.add_argument("--api-key", help="of the servers; default: SPECSERVE_API_KEY")
+    shown = parser.add_argument_group("result")
+    shown.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="goals: ttft:500 tpot:50 e2el:5000")
+    shown.add_argument("--output", metavar="FOLDER", help="of report, data and logs [specserve-ab-DATE]")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare and report; 2 for what is refused, 1 for what was cut short by a server, 130 by a signal."""
+    try:
+        variants = _variants(args)
+        options = from_flags(AbOptions, args)
+        trace, tokenizer = _trace(args)
+        plan = _plan(variants, options, trace, tokenizer)
+        slos = Slos.parse(args.goodput) if args.goodput else None
+        folder = _folder(args.output)
+    except SpecserveError as error:
+        return _failed(str(error), EXIT_REFUSED)
+    facts = surroundings() | {"seed": trace.seed, "dataset": _dataset(trace), "rounds": options.rounds}
+    sending = Sending(endpoint=args.endpoint, headers=_headers(args))
+    with Progress() as progress:
+        outcome = asyncio.run(
+            until_signalled(compare(variants, options, plan, sending, progress, folder=folder, facts=facts))
+        )
+    return _report(outcome, folder, slos)
+
+
+def _variants(args: argparse.Namespace) -> list[Variant]:
+    if args.variants is not None:
+        if args.a is not None or args.b is not None:
+            raise InvalidRequestError("--variants names all sides: leave --a and --b out.", param="variants")
+        found = read_variants(args.variants, args.model)
+    elif args.a is None and args.b is None and args.model == "demo":
+        found = [parse_variant("A", "", "demo"), parse_variant("B", "--draft-model demo", "demo")]
+    elif args.a is None or args.b is None:
+        raise InvalidRequestError('Name both sides, say --a "" --b "--draft-model FOLDER".', param="b")
+    else:
+        found = [parse_variant("A", args.a, args.model), parse_variant("B", args.b, args.model)]
+    check_count(found)
+    urls = [variant.url for variant in found if variant.url is not None]
+    if len(set(urls)) < len(urls):
+        raise InvalidRequestError("Two sides are the same server: the second would find its prompts cached.", param="b")
+    return found
+
+
+def _trace(args: argparse.Namespace) -> tuple[TraceOptions, str]:
+    """Options of the requests, and whose tokenizer. Greedy unless told otherwise, so that texts can be compared; the
+    demo has prompts of its own, on its adapters."""
+    given = trace_options(args)
+    if given.temperature is None and not given.seeded:
+        given = msgspec.structs.replace(given, temperature=0.0)
+    urls = any(side is not None and side.startswith("http") for side in (args.a, args.b))
+    chosen = {"dataset_name", "dataset_path", "input_len", "lora_modules"} & set(msgspec.to_builtins(given))
+    if args.model == "demo" and not chosen and not urls and args.variants is None:
+        given = msgspec.structs.replace(
+            given, dataset_name="custom", dataset_path=str(DEMO_ROOT / "prompts.jsonl"),
+            output_len=given.output_len or DEMO_OUTPUT_LEN,
+        )  # fmt: skip
+    return given, args.tokenizer or args.model
+
+
+def _plan(variants: Sequence[Variant], options: AbOptions, trace: TraceOptions, tokenizer: str) -> Plan:
+    def tokens() -> Vocabulary:
+        return Vocabulary.load(tokenizer)
+
+    plan = make_plan(options, trace, tokens)
+    ids = any(isinstance(request.prompt, list) for requests in plan.traces.values() for request in requests)
+    if ids and any(variant.engine in TEXT_ENGINES for variant in variants):
+        decode = tokens().decode
+        texts = {key: as_text(requests, decode) for key, requests in plan.traces.items()}
+        return msgspec.structs.replace(plan, traces=texts)
+    return plan
+
+
+def _dataset(trace: TraceOptions) -> str:
+    return trace.dataset_name if trace.dataset_path is None else f"{trace.dataset_name}: {trace.dataset_path}"
+
+
+def _headers(args: argparse.Namespace) -> dict[str, str]:
+    key = args.api_key or environment_api_key()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _folder(given: str | None) -> Path:
+    """New, or empty: another comparison's runs would be taken for this one's."""
+    folder = Path(given or f"specserve-ab-{datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InvalidRequestError(f"--output {folder} is not empty: name another folder.", param="output")
+    except OSError as error:
+        raise InvalidRequestError(f"--output {folder} cannot be made: {error.strerror}.", param="output") from error
+    return folder
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
+
+
+def _report(outcome: Outcome, folder: Path, slos: Slos | None) -> int:
+    """Print what was found, if anything was, and why there is not more of it."""
+    if outcome.comparison.runs:
+        found = comparisons(outcome.comparison, slos)
+        print("\n\n".join(map(text, found)))
+        print(f"Data: {folder}")
+    if outcome.stopped is None:
+        return 0
+    runs = len(outcome.comparison.runs)
+    kept = f"what was measured by then ({runs} runs) is above and in {folder}" if runs else "nothing was measured"
+    print(f"specserve: The comparison did not finish: {outcome.stopped}; {kept}.", file=sys.stderr)
+    return EXIT_INTERRUPTED if outcome.interrupted else EXIT_FAILED
+
+
+def _failed(message: str, status: int) -> int:
+    print(f"specserve: {message}", file=sys.stderr)
+    return status
