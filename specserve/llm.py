@@ -163,7 +163,7 @@ class LLM:
             return _Running(Output(request.request_id), None)
         text = Detokenizer(
             self.tokenizer, params.stop, context=request.prompt_ids,
-            include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens,
+            include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens, offsets=False,
         )  # fmt: skip
         return _Running(Output(request.request_id), text)
 

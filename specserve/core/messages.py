@@ -120,7 +120,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
         return BY_CODE.get(self.code, SpecserveError)(self.message, param=self.param)
 
 
-class RequestOutput(msgspec.Struct, kw_only=True):
+class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one step gave one request: only the new tokens. The last one carries `finish_reason`."""
 
     request_id: str

@@ -10,12 +10,13 @@ from specserve.core.errors import InvalidRequestError
 from specserve.core.sampling_params import MAX_LOGPROBS
 from specserve.engine.client.async_engine import AsyncEngine
 from specserve.engine.client.tokenizer import Tokenizer
+from specserve.server.answer import Answer, Dialect
 from specserve.server.errors import read_body
 from specserve.server.logprobs import chat_logprobs
 from specserve.server.protocol import ChatBody, Message, check_body, refuse_unsupported, sampling_params
 from specserve.server.selection import select_lora
 from specserve.server.state import STATE
-from specserve.server.streaming import Answer, Dialect, respond
+from specserve.server.streaming import respond
 
 _ROLE = {"role": "assistant"}
 

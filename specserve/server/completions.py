@@ -9,12 +9,13 @@ from aiohttp import web
 from specserve.core.errors import InvalidRequestError
 from specserve.engine.client.async_engine import Prompt
 from specserve.engine.client.tokenizer import Tokenizer
+from specserve.server.answer import Answer, Dialect
 from specserve.server.errors import read_body
 from specserve.server.logprobs import completion_logprobs
 from specserve.server.protocol import DEFAULT_COMPLETION_TOKENS, CompletionBody, check_body, sampling_params
 from specserve.server.selection import select_lora
 from specserve.server.state import STATE
-from specserve.server.streaming import Answer, Dialect, respond
+from specserve.server.streaming import respond
 
 
 async def completions(request: web.Request) -> web.StreamResponse:

@@ -13,6 +13,7 @@ from specserve.core.messages import EngineStats
 from specserve.engine.client.async_engine import AsyncEngine
 from specserve.engine.client.recorder import FinishedRequest
 from specserve.server.adapter_metrics import MAX_ADAPTER_LABELS, adapter_metrics, tier_metrics
+from specserve.server.histogram import StreamHistogram
 
 # Seconds.
 _LATENCY = (
@@ -47,7 +48,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model_name
         self._first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN)
-        self._inter_token = self._histogram("inter_token_latency_seconds", "Between steps with tokens.", _GAP)
+        self._inter_token = StreamHistogram(
+            "vllm:inter_token_latency_seconds", "Between steps with tokens.", {"model_name": model_name}, _GAP
+        )
+        self.registry.register(self._inter_token)
         self._total = self._histogram("e2e_request_latency_seconds", "Arrival to end.", _LATENCY)
         self._queue = self._histogram("request_queue_time_seconds", "Arrival to first step.", _LATENCY)
         self._prefill = self._histogram("request_prefill_time_seconds", "First step to first token.", _LATENCY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -59,6 +60,7 @@ async def serve(
         try:
             await runner.setup()
             await _listen(runner, sock)
+            gc.freeze()  # libraries' hundred thousands of objects stay: no collection stops the streams to look at them
             on_ready(f"http://{config.host}:{sock.getsockname()[1]}")
             await stop.wait()
             await drain(state)

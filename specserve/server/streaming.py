@@ -1,89 +1,22 @@
-"""Answers from a Generation: as server-sent events, one a step and stream, or collected into one."""
+"""Answers to a Generation: server-sent events, one a step and stream, or all at once."""
 
 from __future__ import annotations
 
-import dataclasses
-import time
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from specserve.core.errors import EngineDeadError, SpecserveError
-from specserve.engine.client.generation import Delta, Generation, Usage
+from specserve.engine.client.generation import Delta, Generation, join_deltas
+from specserve.server.answer import Answer, event_bytes, says_something
 from specserve.server.errors import error_body, json_response
-from specserve.server.protocol import GenerateBody
 
 SSE_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # a buffering proxy would hold the events back
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """Where the two endpoints differ. `content` of a choice is made from a delta, for a whole answer or for a chunk
-    (the second argument tells whether it is the choice's first)."""
-
-    id_prefix: str
-    whole_object: str
-    chunk_object: str
-    whole_content: Callable[[Delta], dict[str, Any]]
-    chunk_content: Callable[[Delta, bool], dict[str, Any]]
-    logprobs: Callable[[Delta], dict[str, Any] | None]
-
-
-@dataclass(slots=True)
-class Answer:
-    """One request's answer in the making."""
-
-    dialect: Dialect
-    model: str
-    include_usage: bool
-    return_token_ids: bool
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-    begun: set[int] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, body: GenerateBody, dialect: Dialect, base: str) -> Answer:
-        """As the body asks for it; `base` names the model where the body does not."""
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return cls(dialect, body.model or base, include_usage, bool(body.return_token_ids))
-
-    def chunk(self, delta: Delta) -> dict[str, Any]:
-        """One delta's event."""
-        first = delta.index not in self.begun
-        self.begun.add(delta.index)
-        made = self._head(self.dialect.chunk_object)
-        made["choices"] = [self._choice(delta, self.dialect.chunk_content(delta, first))]
-        return made | {"usage": None} if self.include_usage else made
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The event after the last delta: no choices, but what it all cost."""
-        return {**self._head(self.dialect.chunk_object), "choices": [], "usage": usage_body(usage)}
-
-    def whole(self, deltas: list[Delta], usage: Usage) -> dict[str, Any]:
-        """The one answer of a request that does not stream."""
-        choices = [self._choice(delta, self.dialect.whole_content(delta)) for delta in deltas]
-        return {**self._head(self.dialect.whole_object), "choices": choices, "usage": usage_body(usage)}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.dialect.id_prefix + self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _choice(self, delta: Delta, content: dict[str, Any]) -> dict[str, Any]:
-        choice = {
-            "index": delta.index,
-            **content,
-            "logprobs": self.dialect.logprobs(delta),
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
-        }
-        return choice | {"token_ids": delta.token_ids} if self.return_token_ids else choice
 
 
 async def respond(request: web.Request, generation: Generation, answer: Answer, stream: bool) -> web.StreamResponse:
@@ -98,49 +31,61 @@ async def _stream(request: web.Request, generation: Generation, answer: Answer) 
     """Events. What fails before the first token is raised, and so gets a status of its own; later it is an event."""
     first = await anext(generation)
     response = web.StreamResponse(headers=SSE_HEADERS)
+    if request.version >= HttpVersion11:
+        response.enable_chunked_encoding()
     await response.prepare(request)
-    await response.write(_event(answer.chunk(first)))
+    await response.write(answer.event(first))
     try:
-        async for delta in generation:
-            if delta.token_ids or delta.text or delta.finish_reason is not None:
-                await response.write(_event(answer.chunk(delta)))
+        generation.listener = direct_writer(request, response, generation, answer)
+        while deltas := await generation.take_all():
+            if events := b"".join([answer.event(delta) for delta in deltas if says_something(delta)]):
+                await response.write(events)
     except SpecserveError as error:
-        await response.write(_event({"error": _error_object(error, generation)}))
+        await response.write(event_bytes({"error": _error_object(error, generation)}))
     else:
         if answer.include_usage:
-            await response.write(_event(answer.usage_chunk(generation.usage)))
+            await response.write(event_bytes(answer.usage_chunk(generation.usage)))
         await response.write(b"data: [DONE]\n\n")
+    finally:
+        generation.listener = None
     await response.write_eof()
     return response
 
 
+def direct_writer(
+    request: web.Request, response: web.StreamResponse, generation: Generation, answer: Answer
+) -> Callable[[], None] | None:
+    """Writes what is queued into a response that has begun, in the turn of whoever calls: to wake a task and write
+    through it costs more than all the rest of an event. The task gets what is not written here: whatever begins or ends
+    a choice, and everything while the client reads too slowly. None where the response is not chunked (HTTP/1.0).
+    """
+    transport = request.transport
+    if transport is None or not response.chunked:
+        return None
+    limit = transport.get_write_buffer_limits()[1]
+
+    def write() -> None:
+        if transport.get_write_buffer_size() > limit or transport.is_closing():
+            return
+        events = answer.quick_events(generation.queued)
+        if events is not None:
+            generation.queued.clear()
+        if events:
+            transport.write(b"%x\r\n%b\r\n" % (len(events), events))
+
+    return write
+
+
 async def _collect(generation: Generation, answer: Answer) -> web.Response:
     """One answer; after an engine's death its error says how to resume."""
-    whole: dict[int, Delta] = {}
+    parts: list[Delta] = []
     try:
-        async for delta in generation:
-            whole[delta.index] = _join(whole[delta.index], delta) if delta.index in whole else delta
+        while deltas := await generation.take_all():
+            parts += deltas
     except EngineDeadError as error:
         return json_response({"error": _error_object(error, generation)}, error.status, {"Retry-After": "1"})
-    return json_response(answer.whole([whole[index] for index in sorted(whole)], generation.usage))
-
-
-def usage_body(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage object, with what speculation did."""
-    spec = usage.speculation
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "speculation": {
-            "rounds": spec.rounds,
-            "drafted": spec.drafted,
-            "accepted": spec.accepted,
-            "drafted_per_position": spec.drafted_per_position,
-            "accepted_per_position": spec.accepted_per_position,
-        },
-    }
+    whole = sorted(join_deltas(parts), key=lambda delta: delta.index)
+    return json_response(answer.whole(whole, generation.usage))
 
 
 def _error_object(error: SpecserveError, generation: Generation) -> dict[str, Any]:
@@ -158,17 +103,3 @@ def _error_object(error: SpecserveError, generation: Generation) -> dict[str, An
             ]
         }
     return body
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
-
-
-def _join(first: Delta, second: Delta) -> Delta:
-    return dataclasses.replace(
-        second,
-        text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=first.logprobs if second.logprobs is None else (first.logprobs or []) + second.logprobs,
-        offsets=first.offsets + second.offsets,
-    )

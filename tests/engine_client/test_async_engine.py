@@ -299,6 +299,8 @@ async def test_engine_that_dies_at_the_start(start: StartEngine) -> None:
 class FailingDecoder:
     """A tokenizer whose decoding breaks on one token."""
 
+    pieces = None
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         assert 99 not in token_ids, "scripted failure"
         return "x" * len(token_ids)

@@ -12,6 +12,7 @@ from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from serverkit.tiny import make_tokenizer
+from specserve.engine.client.byte_level import ByteLevelDecoder
 from specserve.engine.client.detokenizer import Detokenizer, IncrementalDecoder, StopStrings
 from specserve.engine.client.tokenizer import Tokenizer
 
@@ -73,6 +74,47 @@ def test_any_tokens_read_as_decoded_whole(tokens: list[int], sizes: list[int]) -
     """Also where they are no UTF-8: the same replacement characters as the tokenizer writes for the whole."""
     sent = stream(Detokenizer(BYTE_LEVEL), cut(tokens, sizes))
     assert "".join(sent) == BYTE_LEVEL.decode(tokens)
+
+
+def _with_added_tokens() -> Tokenizer:
+    """Byte-level, with added tokens that are no special ones: their names are text, spaces and all."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<tool call>", "日本", "Ġhalf"])
+    return Tokenizer(tokenizer)
+
+
+ADDED = _with_added_tokens()
+
+
+@given(
+    tokens=st.lists(st.integers(0, 310), max_size=40), context=st.lists(st.integers(0, 310), max_size=9), sizes=sizes
+)
+def test_bytes_read_as_any_tokenizers_tokens(tokens: list[int], context: list[int], sizes: list[int]) -> None:
+    """The decoder of byte-level tokens says what the one for any tokenizer says, special and unknown ids included."""
+    assert ADDED.pieces is not None
+    plain = IncrementalDecoder(ADDED, context=context)
+    quick = ByteLevelDecoder(ADDED.pieces, context)
+    said = "".join(quick.extend(chunk) for chunk in cut(tokens, sizes)) + quick.flush()
+    assert said == plain.extend(tokens) + plain.flush()
+
+
+@given(tokens=st.lists(st.integers(0, 299), max_size=40), sizes=sizes)
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCEPIECE])
+def test_steps_read_as_their_tokens(tokenizer: Tokenizer, tokens: list[int], sizes: list[int]) -> None:
+    """Without offsets a step is decoded in one go: each sends what it would have sent token by token."""
+    if tokenizer is SENTENCEPIECE:
+        tokens = [token % 265 for token in tokens]
+    chunks = cut(tokens, sizes)
+    whole, each = Detokenizer(tokenizer, offsets=False), Detokenizer(tokenizer)
+    assert stream(whole, chunks) == stream(each, chunks)
+    assert whole.num_characters == each.num_characters
+
+
+def test_only_tokens_that_are_bytes_have_pieces() -> None:
+    assert SENTENCEPIECE.pieces is None
+    assert BYTE_LEVEL.pieces is not None
+    assert BYTE_LEVEL.pieces[BYTE_LEVEL.encode("日", add_special_tokens=False)[0]][0] == "日".encode()[0]
+    assert (BYTE_LEVEL.pieces[0], BYTE_LEVEL.pieces[10**6]) == (b"", b"")
 
 
 @given(words=st.lists(st.sampled_from(["▁the", "▁", "the", "▁fox", "x", "é"]), min_size=1, max_size=12), sizes=sizes)
@@ -143,16 +185,19 @@ def test_nothing_is_held_back_longer_than_needed(text: str, stops: list[str], si
     """After each step exactly the longest ending that begins a stop string is missing."""
     detokenizer = Detokenizer(BYTE_LEVEL, stops)
     seen: list[int] = []
+    sent = ""
     for chunk in cut(BYTE_LEVEL.encode(text, add_special_tokens=False), sizes):
-        if detokenizer.push(chunk).stop is not None:
+        piece = detokenizer.push(chunk)
+        if piece.stop is not None:
             return
         seen += chunk
+        sent += piece.text
         so_far = BYTE_LEVEL.decode(seen)
         beginnings = {stop[:length] for stop in stops for length in range(1, len(stop))}
         held = max(
             (length for length in range(len(so_far) + 1) if so_far[len(so_far) - length :] in beginnings), default=0
         )
-        assert detokenizer.sent == so_far[: len(so_far) - held]
+        assert sent == so_far[: len(so_far) - held]
 
 
 def test_tokens_after_a_stop_do_not_count() -> None:

@@ -228,19 +228,25 @@ class AsyncEngine:
 
     # --- what the engine says ------------------------------------------------------------------------------------
 
-    def _on_outputs(self, message: StepOutputs) -> None:
-        if message.stats is not None:
-            self.stats = merge_stats(self.stats, message.stats)
-        stopped = []
-        for output in message.outputs:
-            entry = self._live.get(output.request_id)
-            if entry is None:
-                continue  # aborted here; the engine had not heard yet
-            self._deliver(*entry, output)
-            if output.finish_reason is None and entry[0].finish_reason is not None:
-                stopped.append(output.request_id)
+    def _on_outputs(self, steps: list[StepOutputs]) -> None:
+        """Whoever waits for several of these steps is woken once, and finds them all."""
+        touched: dict[Generation, None] = {}  # in the order of their outputs
+        stopped: list[str] = []
+        for step in steps:
+            if step.stats is not None:
+                self.stats = merge_stats(self.stats, step.stats)
+            for output in step.outputs:
+                entry = self._live.get(output.request_id)
+                if entry is None:
+                    continue  # aborted here; the engine had not heard yet
+                self._deliver(*entry, output)
+                touched[entry[1]] = None
+                if output.finish_reason is None and entry[0].finish_reason is not None:
+                    stopped.append(output.request_id)
         if stopped and self.alive:
             self._supervisor.send(AbortRequests(stopped))
+        for generation in touched:
+            generation.wake()
 
     def _deliver(self, sequence: Sequence, generation: Generation, output: RequestOutput) -> None:
         if output.error is not None:
@@ -262,6 +268,7 @@ class AsyncEngine:
         for sequence, generation in list(self._live.values()):
             self._end(sequence, "error")
             generation.put(EngineDeadError(message))
+            generation.wake()
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         """Forget a sequence, once, however it ended."""

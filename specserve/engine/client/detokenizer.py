@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from specserve.engine.client.byte_level import ByteLevelDecoder
 from specserve.engine.client.tokenizer import Decoder
 
 REPLACEMENT = "\ufffd"
@@ -33,6 +34,10 @@ class IncrementalDecoder:
     def push(self, token_id: int) -> str:
         self._pending.append(token_id)
         return self._take(force=len(self._pending) > MAX_UNFINISHED)
+
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """What these tokens finish."""
+        return "".join([self.push(token) for token in token_ids])
 
     def flush(self) -> str:
         """What an unfinished character's bytes read as, at the end of the sequence."""
@@ -88,12 +93,13 @@ class StopStrings:
 class TextPiece:
     """What a push gave: `text` may be sent; `num_tokens` of the pushed tokens count (fewer once a stop is found).
 
-    `offsets` are the tokens' starts in the whole text, in characters; `stop` is the stop string that ended it.
+    `offsets` are the tokens' starts in the whole text, in characters, where they were asked for; `stop` is the stop
+    string that ended it.
     """
 
     text: str
     num_tokens: int
-    offsets: list[int] = field(default_factory=list)
+    offsets: Sequence[int] = ()
     stop: str | None = None
 
 
@@ -101,6 +107,7 @@ class Detokenizer:
     """One sequence's text. What was sent depends on its tokens alone, not on how they were cut into steps.
 
     `min_tokens`: a stop string that is complete before this many tokens is text like any other, as in vLLM.
+    Without `offsets` and stop strings nobody needs to know where a token's text begins: a step is decoded in one go.
     """
 
     def __init__(
@@ -112,10 +119,10 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        offsets: bool = True,
     ) -> None:
-        self._decoder = IncrementalDecoder(
-            tokenizer, context=context[-CONTEXT:], skip_special_tokens=skip_special_tokens
-        )
+        self._decoder = _decoder(tokenizer, context[-CONTEXT:], skip_special_tokens)
+        self._by_steps = not stops and not offsets
         self._stops = StopStrings(stops)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -125,14 +132,9 @@ class Detokenizer:
         self._stop: str | None = None
 
     @property
-    def sent(self) -> str:
-        """Everything that has left."""
-        return self._text[: self._num_sent]
-
-    @property
     def num_characters(self) -> int:
         """Length of the text so far, what is held back included."""
-        return len(self._text)
+        return self._num_sent if self._by_steps else len(self._text)
 
     @property
     def stop(self) -> str | None:
@@ -141,6 +143,16 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> TextPiece:
         """Take a step's tokens; with `last` nothing stays held back."""
+        return self._push_step(token_ids, last) if self._by_steps else self._push_each(token_ids, last)
+
+    def _push_step(self, token_ids: Sequence[int], last: bool) -> TextPiece:
+        text = self._decoder.extend(token_ids)
+        if last:
+            text += self._decoder.flush()
+        self._num_sent += len(text)
+        return TextPiece(text, len(token_ids))
+
+    def _push_each(self, token_ids: Sequence[int], last: bool) -> TextPiece:
         offsets = []
         for count, token_id in enumerate(token_ids, 1):
             offsets.append(len(self._text))
@@ -171,3 +183,12 @@ class Detokenizer:
         text = self._text[self._num_sent : end]
         self._num_sent = end
         return text
+
+
+def _decoder(
+    tokenizer: Decoder, context: Sequence[int], skip_special_tokens: bool
+) -> ByteLevelDecoder | IncrementalDecoder:
+    """The fast one where tokens are bytes."""
+    if tokenizer.pieces is not None and skip_special_tokens:
+        return ByteLevelDecoder(tokenizer.pieces, context)
+    return IncrementalDecoder(tokenizer, context=context, skip_special_tokens=skip_special_tokens)

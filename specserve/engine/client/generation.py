@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -24,8 +26,8 @@ from specserve.engine.client.tokenizer import Decoder
 class Delta:
     """What one step gave one sequence. `index` numbers the sequences: prompt × n + sample.
 
-    `token_ids`, `logprobs` and `offsets` (characters into this response's text) run in parallel; `text` may lag behind
-    them while a character or a stop string is unfinished.
+    `token_ids`, `logprobs` and `offsets` (characters into this response's text, where there are logprobs) run in
+    parallel; `text` may lag behind them while a character or a stop string is unfinished.
     """
 
     index: int
@@ -35,6 +37,29 @@ class Delta:
     offsets: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
+
+
+def join_deltas(deltas: Collection[Delta]) -> Collection[Delta]:
+    """Of each sequence one Delta that says what its several said, in the order of their first ones."""
+    if len(deltas) == 1:
+        return deltas
+    parts: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        parts.setdefault(delta.index, []).append(delta)
+    return [_join(each) for each in parts.values()]
+
+
+def _join(parts: list[Delta]) -> Delta:
+    if len(parts) == 1:
+        return parts[0]
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    return dataclasses.replace(
+        parts[-1],
+        text="".join([part.text for part in parts]),
+        token_ids=[token for part in parts for token in part.token_ids],
+        logprobs=[entry for part in logprobs for entry in part] if logprobs else None,
+        offsets=[offset for part in parts for offset in part.offsets],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +124,7 @@ class Sequence:
             text=piece.text,
             token_ids=token_ids,
             logprobs=None if output.logprobs is None else output.logprobs[: piece.num_tokens],
-            offsets=[offset - self.text_base for offset in piece.offsets],
+            offsets=[offset - self.text_base for offset in piece.offsets] if piece.offsets else [],
             finish_reason=self.finish_reason,
             stop_reason=piece.stop if piece.stop is not None else output.stop_token_id,
         )
@@ -114,6 +139,7 @@ def begin_sequence(tokenizer: Decoder, index: int, prompt: int, request: AddRequ
         context=request.prompt_ids,
         include_stop=params.include_stop_str_in_output,
         min_tokens=params.min_tokens,
+        offsets=params.logprobs is not None,
     )
     detokenizer.push(request.output_ids)
     if detokenizer.stop is not None:
@@ -126,17 +152,38 @@ class Generation:
     """An async iterator of Deltas, and a context manager: leaving it early aborts what still runs.
 
     Iteration raises the SpecserveError of the first sequence that failed; EngineDeadError leaves `resume_points`.
+
+    `queued` holds what has come and was not taken. `listener`, if there is one, is called in the reader's own turn,
+    when all that was to be read has been put there; it may take from `queued`, as long as it leaves errors and whatever
+    ends a sequence to the iteration.
     """
 
     def __init__(self, sequences: list[Sequence], abort: Callable[[list[Sequence]], None]) -> None:
         self.sequences = sequences
         self._abort = abort
-        self._queue: asyncio.Queue[Delta | SpecserveError] = asyncio.Queue()
+        self.queued: deque[Delta | SpecserveError] = deque()
+        self.listener: Callable[[], None] | None = None
         self._num_open = len(sequences)
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: Delta | SpecserveError) -> None:
-        """Called by the engine's reader, never by users."""
-        self._queue.put_nowait(item)
+        """Called by the engine's reader, never by users; `wake` follows."""
+        self.queued.append(item)
+
+    def wake(self) -> None:
+        """Called by the engine's reader when nothing more is to be put now."""
+        if self.listener is not None:
+            self.listener()
+        if self.queued and self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take_all(self) -> Collection[Delta]:
+        """Everything that waits, once there is something, of each sequence joined into one; [] at the end."""
+        first = await anext(self, None)
+        taken = [] if first is None else [first]
+        while self.queued and isinstance(self.queued[0], Delta):
+            taken.append(self._take(self.queued[0]))
+        return join_deltas(taken)
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
@@ -144,10 +191,18 @@ class Generation:
     async def __anext__(self) -> Delta:
         if self._num_open == 0:
             raise StopAsyncIteration
-        item = await self._queue.get()
+        while not self.queued:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        item = self.queued[0]
         if isinstance(item, SpecserveError):
             self._num_open = 0
             raise item
+        return self._take(item)
+
+    def _take(self, item: Delta) -> Delta:
+        """The first of what is queued."""
+        self.queued.popleft()
         self._num_open -= item.finish_reason is not None
         return item
 

@@ -69,7 +69,8 @@ class AdapterBook:
 
 
 class Supervisor:
-    """Owns the engine process. `on_outputs` gets each step's outputs, `on_death` is called once a death.
+    """Owns the engine process. `on_outputs` gets each step's outputs, those of several where they wait; `on_death` is
+    called once a death.
 
     `alive` is false from the death until the next engine is ready, with its adapters.
     """
@@ -78,7 +79,7 @@ class Supervisor:
         self,
         config: EngineConfig,
         core: str,
-        on_outputs: Callable[[StepOutputs], None],
+        on_outputs: Callable[[list[StepOutputs]], None],
         on_death: Callable[[], None],
     ) -> None:
         self.adapters = AdapterBook(config.loras)
@@ -169,11 +170,12 @@ class Supervisor:
     async def _read(self, link: EngineLink) -> None:
         """Pass on what an engine says, until it dies."""
         try:
-            async for message in link.messages():
-                if isinstance(message, StepOutputs):
-                    self._on_outputs(message)
-                elif isinstance(message, Reply):
-                    self._answer(message)
+            async for messages in link.messages():
+                if steps := [message for message in messages if isinstance(message, StepOutputs)]:
+                    self._on_outputs(steps)
+                for message in messages:
+                    if isinstance(message, Reply):
+                        self._answer(message)
         finally:
             self._fail_calls()
 

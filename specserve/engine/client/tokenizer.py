@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from specserve.core.errors import InvalidRequestError, ModelLoadError
+from specserve.engine.client.byte_level import TokenPieces, byte_alphabet
 
 # apply_chat_template's own parameters: what a request hands to the template itself must not reach them.
 _TEMPLATE_CALL = frozenset(
@@ -19,16 +20,12 @@ _TEMPLATE_CALL = frozenset(
 
 
 class Decoder(Protocol):
-    """What the detokenizer needs of a tokenizer."""
+    """What the detokenizer needs of a tokenizer. `pieces`: where tokens are bytes, those of each by its id."""
+
+    @property
+    def pieces(self) -> Mapping[int, bytes] | None: ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-in of each byte in byte-level BPE vocabularies (Radford et al. 2019), inverted."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 class Tokenizer:
@@ -41,9 +38,14 @@ class Tokenizer:
             # A tokenizer.json may carry its training's truncation or padding: a prompt is served whole.
             self._backend.no_truncation()
             self._backend.no_padding()
-        self._byte_level = self._backend is not None and _uses_byte_level(json.loads(self._backend.to_str()))
-        self._alphabet = _byte_alphabet()
+        decoders = [] if self._backend is None else _decoders(json.loads(self._backend.to_str()))
+        self._byte_level = "ByteLevel" in decoders
         self._special = frozenset(tokenizer.all_special_ids)
+        self._pieces: TokenPieces | None = None
+        if self._backend is not None and decoders == ["ByteLevel"]:
+            added = self._backend.get_added_tokens_decoder()
+            unsaid = frozenset(token_id for token_id, token in added.items() if token.special)
+            self._pieces = TokenPieces(self._backend.id_to_token, unsaid)
 
     @classmethod
     def load(cls, model: str) -> Tokenizer:
@@ -59,6 +61,10 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def pieces(self) -> Mapping[int, bytes] | None:
+        return self._pieces
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if self._backend is not None:
@@ -81,8 +87,8 @@ class Tokenizer:
         if piece is None:
             return b""
         if token_id not in self._special:
-            if self._byte_level and all(char in self._alphabet for char in piece):
-                return bytes(self._alphabet[char] for char in piece)
+            if self._byte_level and all(char in byte_alphabet() for char in piece):
+                return bytes(byte_alphabet()[char] for char in piece)
             if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
                 return bytes([int(piece[3:5], 16)])
         return self.decode([token_id], skip_special_tokens=False).encode()
@@ -115,7 +121,7 @@ class Tokenizer:
             raise InvalidRequestError(f"The chat template refused the messages: {error}", param="messages") from error
 
 
-def _uses_byte_level(tokenizer_json: dict[str, Any]) -> bool:
+def _decoders(tokenizer_json: dict[str, Any]) -> list[str]:
+    """The kinds of decoders that a text passes through."""
     decoder = tokenizer_json.get("decoder") or {}
-    parts = decoder.get("decoders", [decoder])
-    return any(part.get("type") == "ByteLevel" for part in parts)
+    return [str(part.get("type")) for part in decoder.get("decoders", [decoder])]

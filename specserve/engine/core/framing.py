@@ -27,15 +27,36 @@ def encode_frame(message: Any) -> bytes:
     return bytes(buffer)
 
 
+class FrameBuffer:
+    """Bytes in, whole frames out; a partial one stays until its rest arrives."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def next(self) -> bytes | None:
+        """The message of the next whole frame, if there is one."""
+        if len(self._buffer) < HEADER.size:
+            return None
+        end = HEADER.size + HEADER.unpack_from(self._buffer)[0]
+        if len(self._buffer) < end:
+            return None
+        frame = bytes(self._buffer[HEADER.size : end])
+        del self._buffer[:end]
+        return frame
+
+
 class Channel:
     """The engine's end of the socket: blocking writes, reads with a time limit.
 
-    A partial frame stays buffered until the rest arrives. Every method raises PeerGoneError once the peer is gone.
+    Every method raises PeerGoneError once the peer is gone.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._buffer = bytearray()
+        self._buffer = FrameBuffer()
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
@@ -48,7 +69,7 @@ class Channel:
     def receive_one(self, decoder: msgspec.msgpack.Decoder[T]) -> T:
         """The next message, however long it takes."""
         while True:
-            frame = self._next_frame()
+            frame = self._buffer.next()
             if frame is not None:
                 return decoder.decode(frame)
             self._fill()
@@ -58,7 +79,7 @@ class Channel:
         if self._poll.poll(None if timeout is None else timeout * 1e3):
             self._fill()
         messages = []
-        while (frame := self._next_frame()) is not None:
+        while (frame := self._buffer.next()) is not None:
             messages.append(decoder.decode(frame))
         return messages
 
@@ -69,14 +90,4 @@ class Channel:
             raise PeerGoneError(str(error)) from error
         if not data:
             raise PeerGoneError("the other end was closed")
-        self._buffer += data
-
-    def _next_frame(self) -> bytes | None:
-        if len(self._buffer) < HEADER.size:
-            return None
-        end = HEADER.size + HEADER.unpack_from(self._buffer)[0]
-        if len(self._buffer) < end:
-            return None
-        frame = bytes(self._buffer[HEADER.size : end])
-        del self._buffer[:end]
-        return frame
+        self._buffer.feed(data)
