@@ -47,14 +47,14 @@ class _Answer:
         text = choice.text or "" if choice.delta is None else choice.delta.text
         if text:
             self.texts.append(text)
-        if choice.finish_reason is not None:
+        if choice.finish_reason:  # TGI's is "" until then
             self.finish_reason = choice.finish_reason
         if choice.token_ids is not None:
             tokens = len(choice.token_ids)
         elif counted is not None:
             tokens = max(counted - self.tokens, 0)
         else:  # a chat's first event may bring its role alone; any other stands for a token, though its text may wait
-            tokens = 1 if text or choice.delta is None or choice.finish_reason is not None else 0
+            tokens = 1 if text or choice.delta is None or choice.finish_reason else 0
         self.tokens += tokens
         self.events.append(Event(now, tokens))
 

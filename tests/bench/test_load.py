@@ -123,6 +123,13 @@ def test_an_error_within_a_stream_keeps_what_had_come() -> None:
     assert (record.error, record.text, len(record.events)) == ("the engine died", " w w", 2)
 
 
+@pytest.mark.parametrize("owner", ["specserve", "tgi"])
+def test_a_stream_that_ends_too_soon_is_an_error(owner: str) -> None:
+    with FakeOpenAI(owner=owner, break_after=2, break_silently=True) as server:
+        record = run(server, requests(1)).requests[0]
+    assert (record.error, record.text) == ("The stream ended before the answer did.", " w w")
+
+
 def test_a_server_that_dies_ends_the_run_and_keeps_what_was_done() -> None:
     server, ended = FakeOpenAI(gap=0.01), 0
 

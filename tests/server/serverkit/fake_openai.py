@@ -17,7 +17,8 @@ class FakeOpenAI:
     """Answers `max_tokens` times " w", `burst` tokens an event, an event each `gap` seconds.
 
     `owner` is what /v1/models says of itself, and whose dialect of token counts it speaks. `refuse` gives a status and
-    a message for bodies that it refuses. `bodies` are those it was asked; `most` is how many ran at once at most.
+    a message for bodies that it refuses. After `break_after` tokens a stream ends in an error, or just so
+    (`break_silently`). `bodies` are those it was asked; `most` is how many ran at once at most.
     """
 
     def __init__(
@@ -30,11 +31,13 @@ class FakeOpenAI:
         gap: float = 0.0,
         refuse: Callable[[Body], tuple[int, str] | None] = lambda body: None,
         break_after: int | None = None,
+        break_silently: bool = False,
     ) -> None:
         self.bodies: list[Body] = []
         self.most = 0
         self._owner, self._adapters, self._root = owner, adapters, root
         self._burst, self._gap, self._refuse, self._break_after = burst, gap, refuse, break_after
+        self._break_silently = break_silently
         self._running = 0
         self._loop = asyncio.new_event_loop()
         self._runner = web.AppRunner(self._app(), shutdown_timeout=0.0)
@@ -109,6 +112,8 @@ class FakeOpenAI:
             await _send(response, {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
         for made in range(0, total, self._burst):
             if self._break_after is not None and made >= self._break_after:
+                if self._break_silently:
+                    return response
                 await _send(response, {"error": {"message": "the engine died"}})
                 return response
             await asyncio.sleep(self._gap)
@@ -119,7 +124,7 @@ class FakeOpenAI:
 
     def _chunk(self, body: Body, chat: bool, tokens: int, before: int) -> Body:
         text = " w" * tokens
-        ended = "length" if before + tokens == body["max_tokens"] else None
+        ended = "length" if before + tokens == body["max_tokens"] else "" if self._owner == "tgi" else None
         choice: Body = {"index": 0, "finish_reason": ended}
         choice |= {"delta": {"content": text}} if chat else {"text": text}
         if body.get("return_token_ids"):
