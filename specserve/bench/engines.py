@@ -43,6 +43,15 @@ def engine_of(words: Sequence[str]) -> Engine | None:
     return next((engine for engine in ENGINES if program in engine.marks), None)
 
 
+def model_of(words: Sequence[str]) -> str | None:
+    """The folder or hub id that a command serves: `… serve MODEL`, or a flag's value; None: it does not say."""
+    for place, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag in ("--model", "--model-path", "--model-id"):
+            return value or (words[place + 1] if words[place + 1 :] else None)
+    return words[2] if list(words[1:2]) == ["serve"] and words[2:] and not words[2].startswith("-") else None
+
+
 def check_installed(words: Sequence[str]) -> None:
     """Raise InvalidRequestError if the command's program is not on this machine."""
     if words[0] != "specserve" and shutil.which(words[0]) is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from specserve.bench.engines import check_installed, engine_of
+from specserve.bench.engines import check_installed, engine_of, model_of
 from specserve.config import DEMO_ROOT
 from specserve.core.errors import InvalidRequestError
 
@@ -26,6 +26,7 @@ class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
     url: str | None = None
     environment: dict[str, str] = {}
     model: str | None = None  # its name in the API, where the server's list of models does not begin with it
+    tokenizer: str | None = None  # folder or hub id of what it serves, as far as it says
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,10 +52,10 @@ def parse_variant(name: str, text: str, model: str) -> Variant:
         return Variant(name, text, url=text.rstrip("/"))
     words = _words(name, text)
     if not words or words[0].startswith("-"):
-        return Variant(name, _title(words), "specserve", _serve([model, *words]))
+        return Variant(name, _title(words), "specserve", _serve([model, *words]), tokenizer=model)
     if words[0] == "specserve" and words[1:2] == ["serve"]:
         own = words[2:] if words[2:] and not words[2].startswith("-") else [model, *words[2:]]
-        return Variant(name, _title(words), "specserve", _serve(own))
+        return Variant(name, _title(words), "specserve", _serve(own), tokenizer=own[0])
     engine = engine_of(words)
     if engine is None and not any("{port}" in word for word in words):
         raise InvalidRequestError(
@@ -62,9 +63,11 @@ def parse_variant(name: str, text: str, model: str) -> Variant:
             "another server's port as {port}, say `./serve --port {port}`."
         )
     check_installed(words)
+    served = model_of(words)
     # `transformers serve` lists all models that are on the machine.
-    only = words[2] if engine and engine.name == "transformers" and words[2:] and words[2][0] != "-" else None
-    return Variant(name, _title(words), engine.name if engine else "unknown", tuple(words), model=only)
+    only = served if engine is not None and engine.name == "transformers" else None
+    kind = engine.name if engine else "unknown"
+    return Variant(name, _title(words), kind, tuple(words), model=only, tokenizer=served)
 
 
 def read_variants(path: str, model: str) -> list[Variant]:

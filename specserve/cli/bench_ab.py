@@ -5,33 +5,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-
-import msgspec
 
 from specserve.bench.ab import Outcome, compare
 from specserve.bench.ab_text import text
 from specserve.bench.compare import comparisons
+from specserve.bench.defaults import default_trace, plan_for
+from specserve.bench.extra import needed
 from specserve.bench.facts import surroundings
 from specserve.bench.metrics import Slos
 from specserve.bench.options import TRACE_HELP, TraceOptions
-from specserve.bench.plan import AbOptions, Plan, make_plan
+from specserve.bench.plan import AbOptions
 from specserve.bench.sending import Sending
 from specserve.bench.target import CHAT, COMPLETIONS
-from specserve.bench.trace import as_text
 from specserve.bench.variants import Variant, check_count, parse_variant, read_variants
-from specserve.bench.vocabulary import Vocabulary
 from specserve.cli.bench_ab_watch import Progress, until_signalled
 from specserve.cli.bench_flags import add_trace_flags, trace_options
 from specserve.cli.flags import add_flags, from_flags
-from specserve.config import DEMO_ROOT, environment_api_key
+from specserve.config import environment_api_key
 from specserve.core.errors import InvalidRequestError, SpecserveError
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
-DEMO_OUTPUT_LEN = 64
-TEXT_ENGINES = ("tgi", "transformers")  # take no token ids
+NEEDED = {"scipy.special": "A confidence interval", "matplotlib": "A report"}
 AB_HELP = {
     "rounds": "runs of each side and load, in alternating order",
     "requests": "requests a run; default: twice the concurrency and some, or ten seconds of a rate",
@@ -75,7 +71,7 @@ def add_ab(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     add_flags(parser.add_argument_group("rounds"), AbOptions, AB_HELP)
     add_trace_flags(parser, TRACE_FLAGS)
     asked = parser.add_argument_group("servers")
-    asked.add_argument("--tokenizer", help="folder or hub id; default: the model's")
+    asked.add_argument("--tokenizer", help="folder or hub id, for random tokens; default: of the first side's model")
     asked.add_argument("--endpoint", choices=(COMPLETIONS, CHAT), default=COMPLETIONS)
     asked.add_argument("--api-key", help="of the servers; default: SPECSERVE_API_KEY")
     shown = parser.add_argument_group("result")
@@ -87,10 +83,12 @@ def add_ab(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 def run(args: argparse.Namespace) -> int:
     """Compare and report; 2 for what is refused, 1 for what was cut short by a server, 130 by a signal."""
     try:
+        for module, what_for in NEEDED.items():
+            needed(module, what_for)  # now, not after minutes of measuring
         variants = _variants(args)
         options = from_flags(AbOptions, args)
-        trace, tokenizer = _trace(args)
-        plan = _plan(variants, options, trace, tokenizer)
+        trace = default_trace(trace_options(args), variants)
+        plan = plan_for(variants, options, trace, args.tokenizer, _headers(args))
         slos = Slos.parse(args.goodput) if args.goodput else None
         folder = _folder(args.output)
     except SpecserveError as error:
@@ -120,35 +118,6 @@ def _variants(args: argparse.Namespace) -> list[Variant]:
     if len(set(urls)) < len(urls):
         raise InvalidRequestError("Two sides are the same server: the second would find its prompts cached.", param="b")
     return found
-
-
-def _trace(args: argparse.Namespace) -> tuple[TraceOptions, str]:
-    """Options of the requests, and whose tokenizer. Greedy unless told otherwise, so that texts can be compared; the
-    demo has prompts of its own, on its adapters."""
-    given = trace_options(args)
-    if given.temperature is None and not given.seeded:
-        given = msgspec.structs.replace(given, temperature=0.0)
-    urls = any(side is not None and side.startswith("http") for side in (args.a, args.b))
-    chosen = {"dataset_name", "dataset_path", "input_len", "lora_modules"} & set(msgspec.to_builtins(given))
-    if args.model == "demo" and not chosen and not urls and args.variants is None:
-        given = msgspec.structs.replace(
-            given, dataset_name="custom", dataset_path=str(DEMO_ROOT / "prompts.jsonl"),
-            output_len=given.output_len or DEMO_OUTPUT_LEN,
-        )  # fmt: skip
-    return given, args.tokenizer or args.model
-
-
-def _plan(variants: Sequence[Variant], options: AbOptions, trace: TraceOptions, tokenizer: str) -> Plan:
-    def tokens() -> Vocabulary:
-        return Vocabulary.load(tokenizer)
-
-    plan = make_plan(options, trace, tokens)
-    ids = any(isinstance(request.prompt, list) for requests in plan.traces.values() for request in requests)
-    if ids and any(variant.engine in TEXT_ENGINES for variant in variants):
-        decode = tokens().decode
-        texts = {key: as_text(requests, decode) for key, requests in plan.traces.items()}
-        return msgspec.structs.replace(plan, traces=texts)
-    return plan
 
 
 def _dataset(trace: TraceOptions) -> str:

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from specserve.cli.main import main
+from specserve.config import DEMO_ROOT
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
+PROMPTS = ["--dataset-name", "custom", "--dataset-path", str(DEMO_ROOT / "prompts.jsonl")]
 DEADLINE = 60.0  # seconds for what must happen; a failure then, not a hang
 
 
@@ -25,7 +27,7 @@ def side(*flags: str) -> str:
 
 
 def command(folder: Path, a: str, b: str, *flags: str) -> list[str]:
-    program = [sys.executable, "-m", "specserve.cli.main", "bench", "ab", "--output", str(folder)]
+    program = [sys.executable, "-m", "specserve.cli.main", "bench", "ab", "--output", str(folder), *PROMPTS]
     return [*program, "--a", a, "--b", b, "--concurrency", "2", "--requests", "6", "--output-len", "8", *flags]
 
 
@@ -73,7 +75,7 @@ def interrupted(tmp_path: Path) -> Iterator[Callable[[signal.Signals], tuple[int
         started.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         runs, end = tmp_path / "out" / "runs.jsonl", time.monotonic() + DEADLINE
         while not runs.exists() or len(runs.read_text().splitlines()) < 3:
-            assert time.monotonic() < end, "nothing was measured"
+            assert time.monotonic() < end and started[0].poll() is None, "nothing was measured"
             time.sleep(0.02)
         started[0].send_signal(number)
         out, err = started[0].communicate(timeout=DEADLINE)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from specserve.bench.engines import complete_command, engine_of
-from specserve.bench.variants import parse_variant, read_variants
+from specserve.bench.defaults import default_trace, plan_for
+from specserve.bench.engines import complete_command, engine_of, model_of
+from specserve.bench.options import TraceOptions
+from specserve.bench.plan import AbOptions
+from specserve.bench.variants import Variant, parse_variant, read_variants
 from specserve.config import DEMO_ROOT
 from specserve.core.errors import InvalidRequestError
 
@@ -139,3 +142,47 @@ def test_a_broken_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
         read_variants(str(path), "demo")
     with pytest.raises(InvalidRequestError, match="No such file"):
         read_variants(str(tmp_path / "none.yaml"), "demo")
+
+
+@pytest.mark.parametrize(
+    ("command", "model"),
+    [
+        ("vllm serve m --port 3", "m"),
+        ("vllm serve --model m", "m"),
+        ("python -m sglang.launch_server --model-path=m", "m"),
+        ("text-generation-launcher --model-id m", "m"),
+        ("vllm serve", None),
+        ("vllm serve --port 3", None),
+        ("./mine m", None),
+    ],
+)
+def test_what_a_command_serves(command: str, model: str | None) -> None:
+    assert model_of(command.split()) == model
+
+
+def test_the_demo_has_prompts_of_its_own_and_answers_are_greedy() -> None:
+    demo = [parse_variant("A", "", "demo"), parse_variant("B", "--draft-model demo", "demo")]
+    trace = default_trace(TraceOptions(), demo)
+    assert (trace.dataset_name, trace.temperature) == ("custom", 0.0)
+    plan = plan_for(demo, AbOptions(), trace, None, {})
+    asked = [request for requests in plan.traces.values() for request in requests]
+    assert {request.adapter for request in asked} == {None, "sql", "javascript", "docs"}
+    assert {request.max_tokens for request in asked} == {64}
+    assert default_trace(TraceOptions(input_len=9), demo).dataset_name == "random"
+    others = [*demo, parse_variant("C", "specserve serve other/model", "demo")]
+    assert default_trace(TraceOptions(temperature=0.5), others) == TraceOptions(temperature=0.5)
+
+
+def test_who_takes_no_token_ids_is_asked_in_texts_and_so_are_all() -> None:
+    demo = parse_variant("A", "", "demo")
+    options, trace = AbOptions(concurrency=(1,), rounds=1), TraceOptions(input_len=8, output_len=4)
+    ids = plan_for([demo, demo], options, trace, None, {})
+    texts = plan_for([demo, Variant("B", "tgi", "tgi", ("x",))], options, trace, None, {})
+    assert {type(request.prompt) for requests in ids.traces.values() for request in requests} == {list}
+    assert {type(request.prompt) for requests in texts.traces.values() for request in requests} == {str}
+
+
+def test_random_prompts_need_a_tokenizer_that_some_side_tells() -> None:
+    unknown = [Variant(name, "?", command=("x", "{port}")) for name in "AB"]
+    with pytest.raises(InvalidRequestError, match="by --tokenizer"):
+        plan_for(unknown, AbOptions(), TraceOptions(), None, {})
