@@ -20,6 +20,7 @@ from specserve.runtime.rows import DeviceRows
 from specserve.runtime.step import StepInputs, StepPacker
 from specserve.runtime.step_graphs import Sizes, StepGraphs, run_ragged
 from specserve.runtime.ticket import AskedLogprobs, EmptyStep, SampledStep, Ticket
+from specserve.runtime.warm_up import warm_up
 from specserve.sampling.batch import SamplingBatch
 from specserve.sampling.logprobs import logprobs
 from specserve.sampling.processors import prepare
@@ -104,11 +105,15 @@ class ModelRunner:
             largest.forward(largest.sizes[-1], AdapterWork.SOME if with_adapters else AdapterWork.NONE)
 
     def capture_graphs(self, sizes: Sizes, *, drafts: bool, with_adapters: bool, progress: bool) -> None:
-        """Capture graphs of the steps that may come; from then on those steps are replayed. `drafts`: verifications
-        are to be expected."""
+        """Capture graphs of the steps that may come; from then on those steps are replayed. Larger steps are run once,
+        so that their kernels are compiled. `drafts`: verifications are to be expected."""
         graphs = StepGraphs(self.target, self.draft, self.rows, sizes, drafts=drafts)
         self.graph_facts = graphs.capture(self.device, with_adapters=with_adapters, progress=progress)
         self.graphs = self.drafter.graphs = graphs
+        warm_up(
+            self.states, self.rows, max_tokens=sizes.max_tokens, max_context=sizes.max_context,
+            with_adapters=with_adapters,
+        )  # fmt: skip
 
     def _note_drafts(self, row_index: Tensor, drafts: Drafts) -> None:
         """Put drafts behind the rows' committed tokens, where the target's forward reads its input."""

@@ -43,13 +43,16 @@ _PROGRAMS = 264  # two a multiprocessor
 
 class ShrinkCut(NamedTuple):
     """How a shrink is launched: whether s is dense, the shape of s, how many floats one of the parts takes that
-    are to be added, how many there are, programs a tile, and the kernel's constants."""
+    are to be added, how many there are, programs a tile, and the kernel's last numbers and its constants.
+
+    The number of tokens decides about numbers, and about few constants: each other one is another kernel to compile."""
 
     dense: bool
     shape: tuple[int, ...]
     part_size: int
     splits: int
     programs: int
+    numbers: tuple[int, ...]
     constants: Mapping[str, object]
 
 
@@ -65,22 +68,24 @@ def shrink_cut(
     constants: dict[str, object] = {"M": per_row, "TILE": tile, "PARTS": parts, "PDL": pdl, "launch_pdl": pdl}
     constants["PRECISION"] = "ieee" if wide else "tf32"
     if dense:
-        depth = 32 if wide else min(256 if tile == 64 else 128, max(64, power_of_2(in_features)))
-        chunks = max(cdiv(in_features, depth * 32), 2 if in_features >= 16 * depth else 1)
+        depth, large = 32 if wide else min(128, max(64, power_of_2(in_features))), tile == 64
+        chunks = max(cdiv(in_features, depth * 32), (4 if large else 2) if in_features >= 16 * depth else 1)
         splits, lanes = cdiv(in_features, depth * chunks), _PROGRAMS
-        constants |= {"CHUNKS": chunks, "num_warps": 8}
+        constants |= {"CHUNKS": chunks, "num_warps": 4 if large else 8}
     else:
         depth, lanes = 32 if wide else 64, 4 * _PROGRAMS
         splits = min(8, max(1, _PROGRAMS // num_tiles), max(1, in_features // 256))
+        splits = 1 << (splits.bit_length() - 1)
         span = cdiv(cdiv(in_features, splits), depth) * depth
         splits = cdiv(in_features, span)
-        constants |= {"SPAN": span, "STAGES": 4, "num_warps": 4}
+        constants |= {"STAGES": 4, "num_warps": 4}
     lanes = min(groups, max(1 if dense else 4, lanes // (num_tiles * splits)))
-    constants |= {"SPLITS": splits, "DEPTH": depth, "LANES": lanes}
+    constants |= {"SPLITS": splits, "DEPTH": depth}
+    numbers = (lanes,) if dense else (lanes, span)
     places = (num_tiles * tile, per_row, parts, rank_stride)
     shape = (num_tiles, parts, tile, cdiv(most_blocks * RANK_BLOCK, 128) * 128) if dense else places
     part_size = places[0] * per_row * parts * rank_stride
-    return ShrinkCut(dense, shape, part_size, splits, lanes * splits, constants)
+    return ShrinkCut(dense, shape, part_size, splits, lanes * splits, numbers, constants)
 
 
 def arrivals_of(num_tiles: int, parts: int, most_blocks: int) -> int:
@@ -96,7 +101,8 @@ def shrink(x: Tensor, a: Tensor, rank_stride: int, tiles: LoraTiles, arrivals: T
     kernel = _shrink_few_kernel if cut.dense else _shrink_many_kernel
     kernel[(cut.programs, num_tiles)](
         x, a, s, partial, arrivals, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
-        x.shape[0], x.shape[1], rank_stride, x.stride(0), cut.shape[-1], cut.part_size, most, **cut.constants,
+        x.shape[0], x.shape[1], rank_stride, x.stride(0), cut.shape[-1], cut.part_size, most, *cut.numbers,
+        **cut.constants,
     )  # fmt: skip
     return s
 
@@ -217,28 +223,28 @@ def shrink_few(
 
 
 @relaunched
-@triton.jit(do_not_specialize=["num_tokens", "most"])
+@triton.jit(do_not_specialize=["num_tokens", "most", "lanes"])
 def _shrink_few_kernel(
     x, a, s, partial, arrivals, token_slots, token_weights, counts, blocks,
-    num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most,
-    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
+    num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most, lanes,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
     DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     shrink_few(x, a, s, partial, arrivals, None, token_slots, token_weights, counts, blocks,
                tl.program_id(0), tl.program_id(1),
-               num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most, LANES,
+               num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most, lanes,
                M, TILE, PARTS, SPLITS, DEPTH, CHUNKS, 1, PRECISION, PDL)  # fmt: skip
 
 
 @relaunched
-@triton.jit(do_not_specialize=["num_tokens", "most"])
+@triton.jit(do_not_specialize=["num_tokens", "most", "lanes"])
 def _shrink_many_kernel(
     x, a, s, partial, arrivals, token_slots, token_weights, counts, blocks,
-    num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most,
-    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr,
-    SPAN: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    num_tokens, in_features, rank_stride, x_stride, s_stride, part_size, most, lanes, span,
+    M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of SPAN features times every LANES-th group: x is read once for 64 rows of A."""
+    """One split of `span` features times every `lanes`-th group: x is read once for 64 rows of A."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile, split, group = tl.program_id(1), tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
@@ -252,11 +258,11 @@ def _shrink_many_kernel(
             a, blocks, count, group, token_slots, token, rank_stride, in_features, M, PARTS, TILE
         )
         product = tl.zeros([TILE, _COLUMNS], tl.float32)
-        for offset in tl.range(0, SPAN, DEPTH, num_stages=STAGES):
-            i = split * SPAN + offset + depth
+        for offset in tl.range(0, span, DEPTH, num_stages=STAGES):
+            i = split * span + offset + depth
             x_tile = tl.load(x_rows + i, mask=there & (i < in_features), other=0.0)
             a_tile = tl.load(rows[:, None] + i, mask=live[:, None] & (i < in_features), other=0.0)
             product = tl.dot(x_tile, tl.trans(a_tile), product, input_precision=PRECISION)
         _finish(product, s, partial, arrivals, None, token_weights, tile, split, group, begin, place,
                 s_stride, rank_stride, part_size, most, TILE, PARTS, SPLITS, False)  # fmt: skip
-        group += LANES
+        group += lanes
