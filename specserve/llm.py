@@ -23,6 +23,7 @@ from specserve.core.messages import (
 )  # fmt: skip
 from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
+from specserve.engine.client.bad_words import with_word_tokens
 from specserve.engine.client.detokenizer import Detokenizer
 from specserve.engine.client.seeds import SeedSource
 from specserve.engine.client.tokenizer import Tokenizer
@@ -138,6 +139,7 @@ class LLM:
 
     def _requests(self, prompt: Prompt, params: SamplingParams, lora: tuple[LoraRef, ...]) -> list[AddRequest]:
         ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        params = self._with_word_tokens(params)
         seed = self._seeds.next() if params.seed is None else params.seed
         return [
             AddRequest(
@@ -154,6 +156,13 @@ class LLM:
         if self.tokenizer is None:
             raise InvalidRequestError("The model has no tokenizer: give prompts as token ids.", param="prompt")
         return self.tokenizer.encode(text)
+
+    def _with_word_tokens(self, params: SamplingParams) -> SamplingParams:
+        if not params.bad_words:
+            return params
+        if self.tokenizer is None:
+            raise InvalidRequestError("The model has no tokenizer: use bad_words_token_ids instead.", param="bad_words")
+        return with_word_tokens(params, self.tokenizer, self.engine.built.spec.vocab_size)
 
     def _running(self, request: AddRequest) -> _Running:
         params = request.params

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from specserve.core.bad_words import check_sequences, check_words
 from specserve.core.errors import InvalidRequestError
 
 Method = Literal["rejection", "coupled"]
@@ -45,6 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    bad_words: tuple[str, ...] = ()  # must not appear in what is generated
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()  # the same as tokens: all that the engine reads of it
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -89,6 +92,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequestError(
                 f"speculation.num_draft_tokens must be between 0 and 64, got {drafts}.", param="speculation"
             )
+        check_words(self.bad_words)
+        check_sequences(self.bad_words_token_ids, vocab_size)
         self._validate_tokens(vocab_size)
 
     def _validate_tokens(self, vocab_size: int | None) -> None:

@@ -19,6 +19,15 @@ class SparseTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class WordTokens:
+    """Token sequences that rows must not complete, as `specserve_kernels.sampling.bad_words` wants them: row int64 [W];
+    tokens [W, L] int64, right-aligned."""
+
+    row: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """Parameters of B rows in the order of the step. Host flags say which processors nobody uses: these cost nothing.
 
@@ -41,6 +50,7 @@ class SamplingBatch:
     is_coupled: Tensor  # bool, the method: true coupled, false rejection
     logit_bias: SparseTokens | None
     forbidden: SparseTokens | None  # while fewer than min_tokens are generated
+    bad_words: WordTokens | None
     any_coupled: bool  # some row of temperature > 0 uses this method
     any_rejection: bool
     any_temperature: bool  # some divisor is not 1
@@ -49,8 +59,10 @@ class SamplingBatch:
     any_top_p_alone: bool  # in a row without top_k
     any_min_p: bool
     any_penalty: bool
-    output_len: Tensor | None = None  # int64, tokens generated so far; set if `forbidden` is
+    output_len: Tensor | None = None  # int64, tokens generated so far; set by with_history()
     counts: TokenCounts | None = None  # set if any_penalty
+    length: Tensor | None = None  # int64, known tokens; set with `output_len`
+    history: Tensor | None = None  # [R, L] int64, of all device rows and not copied; set if `bad_words` is
 
     @property
     def any_top_k(self) -> bool:
@@ -66,11 +78,12 @@ class SamplingBatch:
         lengths [R] int64: each device row's known tokens, prompt and output; history [R, L] int64: these tokens, then
         anything; max_length: host bound of the batch's lengths, saves reading beyond it.
         """
-        if self.forbidden is None and not self.any_penalty:
+        if self.forbidden is None and self.bad_words is None and not self.any_penalty:
             return self
         length = lengths[self.device_rows]
         counts = None
         if self.any_penalty:
             tokens = history[:, :max_length][self.device_rows]
             counts = token_counts(tokens, length, self.prompt_len, self.vocab_size, self.temperature.dtype)
-        return replace(self, output_len=length - self.prompt_len, counts=counts)
+        watched = None if self.bad_words is None else history
+        return replace(self, output_len=length - self.prompt_len, counts=counts, length=length, history=watched)

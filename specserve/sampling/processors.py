@@ -1,6 +1,6 @@
 """The logits processors in their order, which is vLLM's:
 
-    min_tokens, logit_bias, penalties | temperature, min_p, top_k and top_p
+    bad_words, min_tokens, logit_bias, penalties | temperature, min_p, top_k and top_p
 
 Those before the bar can change an argmax and apply to greedy rows too; the rest do nothing to them. Raw logprobs are
 taken before all of them. To add one: a file with `is_active` and `apply`, and a line here.
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specserve.sampling import logit_bias, min_p, min_tokens, penalties, temperature, top_k_top_p
+from specserve.sampling import bad_words, logit_bias, min_p, min_tokens, penalties, temperature, top_k_top_p
 from specserve.sampling.batch import SamplingBatch
 from specserve_kernels.sampling.selection import Truncated, truncate
 
@@ -31,6 +31,7 @@ class Processor(NamedTuple):
 
 
 PROCESSORS = (
+    Processor("bad_words", bad_words.is_active, bad_words.apply),
     Processor("min_tokens", min_tokens.is_active, min_tokens.apply),
     Processor("logit_bias", logit_bias.is_active, logit_bias.apply),
     Processor("penalties", penalties.is_active, penalties.apply),

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from specserve.core.bad_words import some_token_stays
 from specserve.core.sampling_params import Method, SamplingParams
-from specserve.sampling.batch import SamplingBatch, SparseTokens
+from specserve.sampling.batch import SamplingBatch, SparseTokens, WordTokens
+from specserve_kernels.sampling.bad_words import ANY
 from specserve_kernels.sampling.random import mix64
 
 GREEDY_BELOW = 1e-5  # vLLM's bound: dividing logits by less is argmax, with overflow
@@ -36,6 +39,7 @@ class _Row:
     penalty: bool
     logit_bias: dict[int, float]
     forbidden: tuple[int, ...]
+    bad_words: NDArray[np.int64] | None  # [W, L], right-aligned
 
 
 def _host_row(params: SamplingParams, stop_ids: Iterable[int], method: Method | None, vocab_size: int) -> _Row:
@@ -50,9 +54,18 @@ def _host_row(params: SamplingParams, stop_ids: Iterable[int], method: Method | 
         min_p=sampled and params.min_p > 0.0,
         penalty=params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0,
         logit_bias=params.logit_bias,
-        # were every token a stop token, forbidding them would leave nothing to sample
-        forbidden=forbidden if len(forbidden) < vocab_size else (),
+        # were every other token a stop token, forbidding them would leave nothing to sample
+        forbidden=forbidden if some_token_stays(params.bad_words_token_ids, forbidden, vocab_size) else (),
+        bad_words=_aligned(params.bad_words_token_ids) if params.bad_words_token_ids else None,
     )
+
+
+def _aligned(sequences: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Sequences that end in the last column, ANY before them."""
+    words = np.full((len(sequences), max(map(len, sequences))), ANY, dtype=np.int64)
+    for row, sequence in zip(words, sequences, strict=True):
+        row[-len(sequence) :] = sequence
+    return words
 
 
 class SamplingRows:
@@ -135,6 +148,7 @@ class SamplingRows:
             is_coupled=coupled != 0,
             logit_bias=self._sparse([host.logit_bias for host in hosts]),
             forbidden=self._sparse([dict.fromkeys(host.forbidden, -math.inf) for host in hosts]),
+            bad_words=self._words([host.bad_words for host in hosts]),
             any_coupled=any(host.sampled and host.method == "coupled" for host in hosts),
             any_rejection=any(host.sampled and host.method == "rejection" for host in hosts),
             any_temperature=any(host.temperature for host in hosts),
@@ -152,6 +166,16 @@ class SamplingRows:
         rows, tokens, values = zip(*flat, strict=True)
         index = self._to_device(torch.tensor([rows, tokens], dtype=torch.int64))
         return SparseTokens(index[0], index[1], self._to_device(torch.tensor(values, dtype=self._dtype)))
+
+    def _words(self, words_of_rows: list[NDArray[np.int64] | None]) -> WordTokens | None:
+        asked = [(row, words) for row, words in enumerate(words_of_rows) if words is not None]
+        if not asked:
+            return None
+        width = max(words.shape[1] for _, words in asked)
+        aligned = [np.pad(words, ((0, 0), (width - words.shape[1], 0)), constant_values=ANY) for _, words in asked]
+        rows = np.concatenate([np.full(len(words), row, dtype=np.int64) for row, words in asked])
+        packed = self._to_device(torch.from_numpy(np.concatenate((rows, np.concatenate(aligned).ravel()))))
+        return WordTokens(packed[: len(rows)], packed[len(rows) :].view(len(rows), width))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._device.type == "cpu":

@@ -11,6 +11,7 @@ from specserve.core.messages import LoraRef
 from specserve.core.sampling_params import NO_SPECULATION, SamplingParams, SpeculationParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's and vLLM's; a chat takes what fits
+NOT_OF_A_BODY = frozenset({"max_tokens", "logprobs", "bad_words_token_ids"})  # found out otherwise
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -42,6 +43,7 @@ class GenerateBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
+    bad_words: list[str] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
@@ -158,11 +160,11 @@ def check_body(body: GenerateBody) -> None:
 
 def sampling_params(body: GenerateBody, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     """SamplingParams of a body: its own fields by their names, what it leaves out at the defaults."""
-    named = (field for field in SamplingParams.__struct_fields__ if field not in ("max_tokens", "logprobs"))
+    named = (field for field in SamplingParams.__struct_fields__ if field not in NOT_OF_A_BODY)
     given = {name: getattr(body, name) for name in named if getattr(body, name) is not None}
     if isinstance(body.stop, str):
         given["stop"] = (body.stop,)
-    for name in ("stop", "stop_token_ids"):
+    for name in ("bad_words", "stop", "stop_token_ids"):
         if name in given:
             given[name] = tuple(given[name])
     given["speculation"] = _speculation(body.speculation)

@@ -83,6 +83,7 @@ SETTINGS = {
     "top_k": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01),
     "penalties": SamplingParams(temperature=0.5, frequency_penalty=0.3, repetition_penalty=1.1, logit_bias={7: 1.0}),
     "min_tokens": SamplingParams(temperature=0.0, min_tokens=5),
+    "bad_words": SamplingParams(temperature=0.8, bad_words_token_ids=((7,), (8, 9), (7, 8, 9, 10))),
 }
 SPECULATION = {
     "none": SpeculationParams(num_draft_tokens=0),

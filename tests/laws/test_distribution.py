@@ -29,11 +29,12 @@ FIELDS: tuple[dict[str, object], ...] = (
     {"temperature": 0.8, "top_p": 0.85},
     {"temperature": 1.0, "top_k": 5, "min_p": 0.05},
     {"temperature": 0.9, "repetition_penalty": 1.3, "logit_bias": {3: 1.0, 7: -2.0}},
-    {"temperature": 1.0, "presence_penalty": 0.8, "frequency_penalty": 0.1},
+    {"temperature": 1.0, "presence_penalty": 0.8, "frequency_penalty": 0.1, "bad_words_token_ids": ((9,), (3, 5, 6))},
     {"temperature": 1.1, "min_tokens": 40, "stop_token_ids": (4,)},
     {
         "temperature": 0.8, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "min_tokens": 40, "stop_token_ids": (1,),
         "repetition_penalty": 1.1, "presence_penalty": 0.4, "frequency_penalty": 0.1, "logit_bias": {5: 1.0},
+        "bad_words_token_ids": ((5, 5), (5, 6), (2, 2, 2)),
     },
 )  # fmt: skip
 

@@ -15,13 +15,14 @@ import pytest
 from lawbook.cases import DEPTHS, MODES, PROPOSERS, Case, cases
 from lawbook.engines import run
 from lawbook.mixes import LORAS, Ask, prompt, speculating
-from lawbook.zoo import EOS
+from lawbook.zoo import EOS, VOCAB
 from specserve.core.sampling_params import NO_SPECULATION, SamplingParams
 from specserve.llm import LLM, Output
 
 NUM_NEW = 18
 PER_VARIANT = 3  # requests, each with another prompt, adapter and number of drafts
 STOPS = (6, 11, 16, 27, 29, 36, 40, 43, 50)
+PAIRS = tuple((first, then) for first in range(VOCAB) if first not in STOPS for then in STOPS[:4])
 
 
 class Variant(NamedTuple):
@@ -51,6 +52,11 @@ VARIANTS = (
     Variant("logprobs", {"logprobs": 0}),
     Variant("logprobs", {"logprobs": 5, "repetition_penalty": 1.2}),
     Variant("n", {"n": 3}),
+    Variant("bad_words_token_ids", {"bad_words_token_ids": tuple((token,) for token in STOPS)}),
+    # One token alone, but for every fourth; no token twice in a row; a few tokens only behind each other.
+    Variant("bad_words_token_ids", {"bad_words_token_ids": ((9, 9, 9, 9), (9, 9, 8)), "logit_bias": {9: 100.0}}),
+    Variant("bad_words_token_ids", {"bad_words_token_ids": tuple((token, token) for token in range(VOCAB))}),
+    Variant("bad_words_token_ids", {"bad_words_token_ids": PAIRS}),
 )
 SAMPLED = (
     Variant("temperature", {"temperature": 0.5}),
@@ -64,6 +70,7 @@ SAMPLED = (
     Variant("top_p", {"top_p": 0.6}),
     Variant("min_p", {"min_p": 0.3}),
     Variant("seed", {"seed": 77}),
+    Variant("bad_words_token_ids", {"bad_words_token_ids": PAIRS, "temperature": 0.5, "min_tokens": 9}),
 )
 COVER = {
     ("near_draft", "greedy-rejection", 1),
@@ -71,8 +78,8 @@ COVER = {
     ("near_draft", "sampled-coupled", 1),
     ("ngram+near_draft", "sampled-coupled", 2),
 }
-# Stop strings need a tokenizer: tests/engine/test_stop_strings.py.
-ELSEWHERE = {"speculation", "stop", "include_stop_str_in_output"}
+# Text needs a tokenizer: tests/engine/test_stop_strings.py, test_bad_words.py.
+ELSEWHERE = {"speculation", "stop", "include_stop_str_in_output", "bad_words"}
 
 
 def asks(variants: tuple[Variant, ...], sampled: bool) -> list[Ask]:

@@ -12,6 +12,7 @@ from transformers import (
     LogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -27,7 +28,12 @@ from specserve.sampling.rows import SamplingRows
 NUM_DRAFTS = 3
 STOP_IDS = (1, 4)
 OFF = SamplingParams()
+WORDS = ((3,), (8, 7, 5), (8, 7, 9), (8, 4), (7, 7, 6), (8, 7, 7, 2), (7, 3, 1, 6))
 CASES = {
+    "bad_words": [
+        OFF, SamplingParams(bad_words_token_ids=WORDS), SamplingParams(bad_words_token_ids=((0,),)),
+        SamplingParams(bad_words_token_ids=WORDS[-2:]), SamplingParams(bad_words_token_ids=WORDS[1:3] * 2),
+    ],
     "min_tokens": [SamplingParams(min_tokens=n) for n in (0, 5, 6, 7, 8, 99)],
     "logit_bias": [OFF, SamplingParams(logit_bias={0: 100.0, 3: -2.5}), SamplingParams(logit_bias={3: -100.0})],
     "repetition": [SamplingParams(repetition_penalty=x) for x in (1.0, 1.3, 0.7, 2.0)],
@@ -48,7 +54,7 @@ CASES = {
         OFF,
         SamplingParams(
             min_tokens=7, logit_bias={1: 9.0, 5: -1.0}, repetition_penalty=1.2, frequency_penalty=0.3,
-            presence_penalty=-0.4, temperature=0.8, min_p=0.02, top_k=20, top_p=0.9,
+            presence_penalty=-0.4, temperature=0.8, min_p=0.02, top_k=20, top_p=0.9, bad_words_token_ids=WORDS,
         ),
         SamplingParams(min_tokens=6, logit_bias={4: 3.0}, repetition_penalty=0.8, temperature=1.7, top_p=0.95),
         SamplingParams(temperature=0.0, presence_penalty=1.0, min_tokens=9, top_k=2, top_p=0.5, min_p=0.5),
@@ -69,6 +75,10 @@ class Situation:
         self.outputs = [list(torch.randint(0, vocab, (5,), generator=generator).tolist()) for _ in range(num_rows)]
         self.drafts = torch.randint(0, vocab, (num_rows, NUM_DRAFTS), generator=generator)
         self.drafts[:, 1] = self.drafts[:, 0]  # a token drafted twice counts twice
+        for row, one in enumerate(params):
+            if one.bad_words_token_ids:  # so that some of WORDS have begun, in the output and in the drafts
+                self.outputs[row][-1] = 8
+                self.drafts[row] = torch.tensor([7, 7, 9])
         shape = (num_rows, NUM_DRAFTS + 1, vocab)
         self.logits = (torch.randn(shape, generator=generator, dtype=torch.float64) * 2).to(dtype)
         self.rows = SamplingRows(2 * num_rows, vocab, "cpu", dtype)
@@ -97,6 +107,9 @@ class Situation:
         params, scores = self.params[row], self.logits[row, position].clone()
         output = self.outputs[row] + self.drafts[row, :position].tolist()
         tokens = torch.tensor([self.prompts[row] + output])
+        if params.bad_words_token_ids:
+            words = NoBadWordsLogitsProcessor([list(word) for word in params.bad_words_token_ids])
+            scores = words(torch.tensor([output]), scores[None])[0]
         stop = MinNewTokensLengthLogitsProcessor(len(self.prompts[row]), params.min_tokens, list(STOP_IDS))
         scores = stop(tokens, scores[None])[0]
         for token, bias in params.logit_bias.items():
@@ -135,7 +148,7 @@ def test_other_dtypes_are_processed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(processed, situation.expected(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["min_tokens", "repetition", "frequency", "all"])
+@pytest.mark.parametrize("case", ["bad_words", "min_tokens", "repetition", "frequency", "all"])
 def test_the_drafts_own_step_sees_what_verification_sees(case: str) -> None:
     """One position after D drafts (the draft model's step) equals position D of verification."""
     situation = Situation(CASES[case])
@@ -220,6 +233,7 @@ def test_nothing_is_computed_that_no_row_asks_for() -> None:
         SamplingParams(min_tokens=50, temperature=1e-4, top_p=1e-9, min_p=1.0, top_k=1),
         SamplingParams(logit_bias=dict.fromkeys(range(6), -100.0), repetition_penalty=100.0, temperature=100.0),
         SamplingParams(min_tokens=50, temperature=1e-30),
+        SamplingParams(min_tokens=50, bad_words_token_ids=tuple((token,) for token in range(5))),
     ],
 )
 def test_some_token_always_stays(params: SamplingParams) -> None:

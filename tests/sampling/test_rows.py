@@ -9,6 +9,7 @@ import torch
 
 from specserve.core.sampling_params import SamplingParams, SpeculationParams
 from specserve.sampling.rows import SamplingRows
+from specserve_kernels.sampling.bad_words import ANY
 from specserve_kernels.sampling.random import mix64
 
 VOCAB = 50
@@ -72,12 +73,32 @@ def test_special_tokens_know_their_place_in_the_step(rows: SamplingRows) -> None
     assert batch.min_tokens.tolist() == [0, 3]
 
 
+def test_words_know_their_place_in_the_step_and_end_in_one_column(rows: SamplingRows) -> None:
+    rows.set_row(0, SamplingParams(bad_words_token_ids=((7,), (8, 9))), 0, (), 1)
+    rows.set_row(2, SamplingParams(bad_words_token_ids=((4, 5, 6),)), 0, (), 1)
+    batch = rows.gather([3, 0, 2, 1])
+    assert batch.bad_words is not None
+    assert batch.bad_words.row.tolist() == [1, 1, 2]
+    assert batch.bad_words.tokens.tolist() == [[ANY, ANY, 7], [ANY, 8, 9], [4, 5, 6]]
+    assert rows.gather([3, 1]).bad_words is None
+    rows.set_row(0, GREEDY, 0, (), 1)
+    assert rows.gather([3, 0]).bad_words is None, "a row keeps nothing of its former tenant"
+
+
+def test_min_tokens_gives_way_where_words_leave_stop_tokens_alone() -> None:
+    rows = SamplingRows(1, 3, "cpu")
+    for words, forbidden in ((((0,),), True), (((0,), (0, 1)), False)):
+        rows.set_row(0, SamplingParams(min_tokens=4, bad_words_token_ids=words), 0, (2,), 1)
+        assert (rows.gather([0]).forbidden is not None) == forbidden
+
+
 def test_history_is_read_only_where_a_processor_looks_back(rows: SamplingRows) -> None:
     lengths, history = torch.full((8,), 10), torch.zeros(8, 20, dtype=torch.int64)
     plain = rows.gather([3, 1])
     assert plain.with_history(lengths, history) is plain
     looking = rows.gather([1, 6]).with_history(lengths, history)
     assert looking.output_len is not None and looking.output_len.tolist() == [5, 4]
+    assert looking.history is None
     assert looking.counts is not None and looking.counts.output[:, 0].tolist() == [5.0, 4.0]
 
 

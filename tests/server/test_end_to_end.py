@@ -23,6 +23,7 @@ from serverkit.tiny import make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 PROMPTS = ["the quick brown fox", "pack my box", "héllo wörld"]
+ALPHABET = [chr(code) for code in range(33, 127)]  # one token each
 CLI = "specserve.cli.main"
 
 
@@ -109,6 +110,28 @@ def test_seeded_text_does_not_depend_on_speculation(client: openai.OpenAI) -> No
     plain = complete(client, PROMPTS[0], speculation=False, **fields)
     for speculation in ({"num_draft_tokens": 1}, {"num_draft_tokens": 4}, {"proposer": "ngram", "num_draft_tokens": 2}):
         assert complete(client, PROMPTS[0], speculation=speculation, **fields) == plain
+
+
+@pytest.mark.parametrize("speculation", [False, {"num_draft_tokens": 4}])
+def test_bad_words(client: openai.OpenAI, speculation: Any) -> None:
+    """Of a text and of a chat: the words' tokens are gone."""
+    fields: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True, "speculation": speculation}
+
+    def say(bad_words: list[str]) -> list[list[int]]:
+        extra = fields | {"bad_words": bad_words}
+        text = client.completions.create(
+            model="base", prompt=PROMPTS[0], max_tokens=16, temperature=0, extra_body=extra
+        )
+        chat = client.chat.completions.create(
+            model="base", messages=[{"role": "user", "content": "hi"}], max_tokens=16, temperature=0, extra_body=extra
+        )
+        return [answer.to_dict()["choices"][0]["token_ids"] for answer in (text, chat)]  # type: ignore[index]
+
+    free = say([])
+    words = [word for word in ALPHABET if any(TOKENIZER.encode(word)[0] in tokens for tokens in free)]
+    bad = {TOKENIZER.encode(word)[0] for word in words}
+    assert all(bad & set(tokens) for tokens in free)
+    assert not any(bad & set(tokens) for tokens in say(words))
 
 
 def test_usage_tells_of_speculation_and_cache(client: openai.OpenAI) -> None:

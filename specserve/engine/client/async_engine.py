@@ -28,6 +28,7 @@ from specserve.core.messages import (
 from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
 from specserve.engine.client.admission import Admission
+from specserve.engine.client.bad_words import with_word_tokens
 from specserve.engine.client.generation import Delta, Generation, Sequence, begin_sequence
 from specserve.engine.client.launch import ENGINE_CORE
 from specserve.engine.client.recorder import NoRecorder, Recorder, account, note_tokens
@@ -119,6 +120,13 @@ class AsyncEngine:
             self._threads, lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
 
+    async def _with_word_tokens(self, params: SamplingParams) -> SamplingParams:
+        if not params.bad_words:
+            return params
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, with_word_tokens, params, self.tokenizer, self.ready.vocab_size
+        )
+
     async def submit(
         self,
         prompts: Seq[Prompt],
@@ -140,6 +148,7 @@ class AsyncEngine:
         self._check_load(lora, len(prompts) * params.n)
         if output_ids and (len(prompts) != 1 or params.n != 1):
             raise InvalidRequestError("output_ids resumes one prompt with n = 1.", param="output_ids")
+        params = await self._with_word_tokens(params)
         seed = self._seeds.next() if params.seed is None else params.seed
         sequences: list[Sequence] = []
         for number, prompt in enumerate(prompts):

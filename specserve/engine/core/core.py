@@ -168,6 +168,8 @@ class EngineCore:
 
     def _resolve_params(self, params: SamplingParams, room: int) -> SamplingParams:
         params.validate(self.built.spec.vocab_size)
+        if params.bad_words:
+            raise InvalidRequestError("The engine reads tokens alone: give bad_words_token_ids.", param="bad_words")
         params = replace(params, min_tokens=min(params.min_tokens, room))  # more says no more, and may overflow a row
         method = self.config.speculation_method
         if method == "auto" or params.speculation.method is not None:

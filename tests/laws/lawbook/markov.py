@@ -40,6 +40,10 @@ def distributions(params: SamplingParams, logits: Tensor, text: Sequence[int]) -
     generated = one_hot(ids[1:], vocab).double().cumsum(0)  # [L, vocab], the token itself among them
     counts = torch.cat((generated.new_zeros(1, vocab), generated[:-1]))
     logits[: params.min_tokens, list(params.stop_token_ids)] = float("-inf")
+    for *begun, last in params.bad_words_token_ids:
+        for place in range(len(begun), len(logits)):  # so many tokens were generated before
+            if list(text[1 + place - len(begun) : 1 + place]) == begun:
+                logits[place, last] = float("-inf")
     for token, bias in params.logit_bias.items():
         logits[:, token] += bias
     seen = (counts > 0) | one_hot(ids[0], vocab).bool()

@@ -16,6 +16,8 @@ NUM_REQUESTS = 7
 NUM_NEW = 20
 DRAFTS_PER_STEP = (4, 1, 3, 0, 2, 4, 5)
 Lora = tuple[LoraRef, ...]
+# Four tokens that must not follow each token, and a longer sequence.
+WORDS = (*((token, (5 * token + shift) % VOCAB) for token in range(VOCAB) for shift in range(4)), (15, 48, 44, 15))
 
 # One request each, cyclically: every processor occurs in every batch, beside requests without any.
 GREEDY: tuple[dict[str, object], ...] = (
@@ -25,11 +27,12 @@ GREEDY: tuple[dict[str, object], ...] = (
     {"presence_penalty": 0.8, "frequency_penalty": 0.6},
     {"logit_bias": {5: 3.0, 17: -100.0}},
     {"min_tokens": 9, "stop_token_ids": (11, 16, 27, 36, 40)},
+    {"bad_words_token_ids": WORDS},
 )
 SAMPLED: tuple[dict[str, object], ...] = (
     {"temperature": 1.0},
     {"temperature": 0.6, "top_k": 9},
-    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.3, "top_p": 0.8, "bad_words_token_ids": WORDS},
     {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.2},
     {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "frequency_penalty": 0.7, "logit_bias": {8: 2.0}},
     {"temperature": 0.7, "min_tokens": 12, "stop_token_ids": (6, 29, 43, 50)},
