@@ -15,9 +15,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,8 +23,9 @@ from pathlib import Path
 
 from benchmarks.record import append, commit, machine
 from benchmarks.streaming_client import Counts, Load, run
+from benchmarks.streaming_server import served
 
-ROOT = Path(__file__).parent.parent
+CORE = "benchmarks.streaming_core:PacedCore"
 SETTLE_SECONDS = 0.5  # from the last stream's first event to the first that counts
 
 
@@ -44,30 +42,11 @@ class Setting:
     model: str
 
 
-@contextlib.contextmanager
-def served(setting: Setting) -> Iterator[tuple[str, int]]:
-    """A server in a process of its own; its URL and process id."""
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "STREAMING_TOKENS": str(setting.tokens), "STREAMING_STEP_MS": str(setting.step_ms),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.streaming_server", setting.model]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        if not url:
-            raise RuntimeError(f"The server ended with status {process.wait()}.")
-        yield url, process.pid
-    finally:
-        for _ in range(2):  # the second signal: streams that still run are not waited for
-            process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
 def measure(setting: Setting) -> dict[str, object]:
     """One run's row."""
-    with served(setting) as (url, pid), _clients(setting, url) as pipes:
+    engine = {"model": setting.model, "max_num_seqs": max(setting.streams, 256)}
+    pace = {"STREAMING_TOKENS": str(setting.tokens), "STREAMING_STEP_MS": str(setting.step_ms)}
+    with served(engine, CORE, **pace) as (url, pid), _clients(setting, url) as pipes:
         for pipe in pipes:
             pipe.recv()
         start = time.monotonic() + SETTLE_SECONDS
@@ -79,13 +58,13 @@ def measure(setting: Setting) -> dict[str, object]:
         busy = _cpu_seconds(pid) - before
         counts: list[Counts] = [pipe.recv() for pipe in pipes]
     events, tokens = sum(count.events for count in counts), sum(count.tokens for count in counts)
-    pace = setting.streams * setting.tokens / setting.step_ms * 1000.0 if setting.step_ms else None
+    most = setting.streams * setting.tokens / setting.step_ms * 1000.0 if setting.step_ms else None
     return {
         **asdict(setting),
         "tokens_per_s": round(tokens / setting.seconds), "events_per_s": round(events / setting.seconds),
         "tokens_per_event": round(tokens / max(events, 1), 3),
         "bytes_per_event": round(sum(count.num_bytes for count in counts) / max(events, 1), 1),
-        "kept": round(tokens / setting.seconds / pace, 4) if pace else None,
+        "kept": round(tokens / setting.seconds / most, 4) if most else None,
         "api_cpu": round(busy / setting.seconds, 3), "api_us_per_event": round(busy / max(events, 1) * 1e6, 2),
         "api_us_per_token": round(busy / max(tokens, 1) * 1e6, 2),
     }  # fmt: skip
