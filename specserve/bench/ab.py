@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import msgspec
 
 from specserve.bench.fleet import Fleet
+from specserve.bench.kept import Kept
 from specserve.bench.plan import AbOptions, Plan
-from specserve.bench.records import Comparison, RequestRecord, RunRecord, TracedRequest, VariantInfo
+from specserve.bench.records import Comparison, RequestRecord, RunRecord, TracedRequest
 from specserve.bench.servers import RunningServer, ServerFailedError
 from specserve.bench.turns import Load, Turn, in_blocks, interleaved
 from specserve.bench.variants import Variant
 
 WATCH_SECONDS = 0.2
-RUNS_FILE = "runs.jsonl"
 TOGETHER = "interleaved: all servers resident, those not measured sent nothing"
 APART = "in blocks: one server at a time, with restarts"
 
@@ -55,33 +55,6 @@ class Outcome(msgspec.Struct, frozen=True):
     interrupted: bool = False
 
 
-class _Kept:
-    """Runs, variants and facts as they come: in memory, and every run in a file at once."""
-
-    def __init__(self, variants: Sequence[Variant], folder: Path, facts: dict[str, Any]) -> None:
-        self.infos = {one.name: VariantInfo(one.name, one.title, list(one.command), one.url) for one in variants}
-        self.runs: list[RunRecord] = []
-        self.facts = facts
-        self._file = folder / RUNS_FILE
-
-    def add(self, run: RunRecord) -> None:
-        self.runs.append(run)
-        with self._file.open("ab") as file:
-            file.write(msgspec.json.encode(run) + b"\n")
-
-    def comparison(self) -> Comparison:
-        return Comparison(list(self.infos.values()), self.runs, self.facts)
-
-    async def ask(self, server: RunningServer, sender: Sender) -> None:
-        """Note what a server tells of itself, once."""
-        info = self.infos[server.variant.name]
-        if not info.server:
-            told = await sender.facts(server)
-            self.infos[info.variant] = msgspec.structs.replace(
-                info, command=list(server.command), url=server.url, server=told
-            )
-
-
 async def compare(
     variants: Sequence[Variant],
     options: AbOptions,
@@ -97,28 +70,35 @@ async def compare(
     A server that dies, a cancellation (Ctrl-C) or a server that does not start end it early: the outcome then holds
     what was measured by then. All servers are gone when this returns.
     """
-    kept = _Kept(variants, folder, facts)
+    kept = Kept(variants, folder, facts)
     fleet = Fleet(variants, folder / "logs", start_timeout=options.start_timeout, told=watcher.told)
     try:
         async with fleet:
             await _all_turns(fleet, options, plan, sender, watcher, kept)
     except ServerFailedError as failure:
-        return Outcome(kept.comparison(), str(failure))
+        return _stopped(kept, str(failure))
     except asyncio.CancelledError:
-        return Outcome(kept.comparison(), "it was interrupted", interrupted=True)
+        return msgspec.structs.replace(_stopped(kept, "it was interrupted"), interrupted=True)
     return Outcome(kept.comparison())
 
 
+def _stopped(kept: Kept, why: str) -> Outcome:
+    kept.note(f"The comparison did not finish: {why}.")
+    return Outcome(kept.comparison(), why)
+
+
 async def _all_turns(
-    fleet: Fleet, options: AbOptions, plan: Plan, sender: Sender, watcher: Watcher, kept: _Kept
+    fleet: Fleet, options: AbOptions, plan: Plan, sender: Sender, watcher: Watcher, kept: Kept
 ) -> None:
-    apart: str | None = "asked for" if options.one_at_a_time else None
+    apart: str | None = "it was asked for" if options.one_at_a_time else None
     if apart is None:
         failure = await fleet.start_together()
         if failure is not None:
             apart = f"they do not fit together: {failure}"
             watcher.told(f"One server at a time, since {apart}")
-    kept.facts["turns"] = TOGETHER if apart is None else f"{APART} ({apart})"
+    kept.fact("turns", TOGETHER if apart is None else f"{APART} ({apart})")
+    if apart is not None:
+        kept.note(f"Servers were measured in blocks, one at a time with restarts, since {apart}.")
     order = interleaved if apart is None else in_blocks
     turns = order(list(fleet.variants), plan.loads, plan.rounds)
     watcher.planned(turns, sum(len(plan.requests(turn)) for turn in turns))
@@ -129,13 +109,15 @@ async def _all_turns(
     server_of: Callable[[str], Awaitable[RunningServer]] = resident if apart is None else fleet.alone
     for turn in turns:
         server = await server_of(turn.variant)
-        await kept.ask(server, sender)
+        if not kept.known(turn.variant):
+            told = await sender.facts(server)
+            kept.tell(turn.variant, command=server.command, url=server.url, server=told)
         watcher.began(turn)
         await _one_turn(server, turn, plan.requests(turn), sender, watcher, kept)
 
 
 async def _one_turn(
-    server: RunningServer, turn: Turn, trace: Sequence[TracedRequest], sender: Sender, watcher: Watcher, kept: _Kept
+    server: RunningServer, turn: Turn, trace: Sequence[TracedRequest], sender: Sender, watcher: Watcher, kept: Kept
 ) -> None:
     """One run. Whatever ends it early, its finished requests are kept."""
     records: list[RequestRecord] = []

@@ -12,6 +12,7 @@ ROWS = {
     "mean_e2el_ms": "E2EL mean (ms)", "median_e2el_ms": "E2EL p50 (ms)", "p99_e2el_ms": "E2EL p99 (ms)",
     "request_throughput": "Requests/s", "output_throughput": "Tokens/s", "request_goodput": "Goodput (requests/s)",
 }  # fmt: skip
+GOODPUT = "request_goodput"
 MAX_SHOWN = 60  # characters of a difference
 
 
@@ -43,6 +44,8 @@ def _table(at: AtLoad, compared: Compared) -> list[str]:
         "",
     )
     rows = [head, *((ROWS[name], _figure(ratio.a), _figure(ratio.b), stated(ratio)) for name, ratio in found.items())]
+    if GOODPUT not in found and at.a.request_goodput is not None and at.b.request_goodput is not None:
+        rows.append((ROWS[GOODPUT], _figure(at.a.request_goodput), _figure(at.b.request_goodput), ""))  # one has none
     accepted = _accepted(at.a), _accepted(at.b)
     if any(accepted):
         rows.append(("Drafts accepted", *accepted, ""))

@@ -17,7 +17,7 @@ from specserve.bench.vocabulary import Vocabulary
 from specserve.config import DEMO_ROOT
 from specserve.core.errors import InvalidRequestError
 
-DEMO, DEMO_OUTPUT_LEN = "demo", 64
+DEMO, DEMO_OUTPUT_LEN = "demo", 48
 TEXT_ENGINES = ("tgi", "transformers")  # take no token ids
 
 

@@ -14,7 +14,7 @@ from specserve.bench.turns import WARM_UP, Load, Turn
 from specserve.core.errors import InvalidRequestError
 
 LOADS = (1, 4, 16)  # requests at a time, unless others or rates are asked for
-LEAST_REQUESTS = 4  # a run
+LEAST_REQUESTS = 3  # a run
 RATE_SECONDS = 10.0  # how long requests come in a run at a rate
 
 
@@ -23,7 +23,7 @@ class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     concurrency: tuple[int, ...] = ()  # requests at a time
     rates: tuple[float, ...] = ()  # requests/s
-    rounds: int = 4
+    rounds: int = 6  # fewer know little of their own spread
     requests: int | None = None  # a run; None: twice the concurrency and some, or ten seconds of a rate
     one_at_a_time: bool = False  # never two servers at once
     start_timeout: float = 900.0  # s, for a server to answer
@@ -97,7 +97,7 @@ def _requests(options: AbOptions, load: Load) -> int:
         return options.requests
     if "rate" in load:
         return max(LEAST_REQUESTS, round(float(load["rate"]) * RATE_SECONDS))
-    return max(LEAST_REQUESTS, 2 * int(load.get("concurrency", 1)) + 2)
+    return max(LEAST_REQUESTS, 2 * int(load.get("concurrency", 1)) + 1)
 
 
 def _rate(trace: TraceOptions, load: Load) -> float:

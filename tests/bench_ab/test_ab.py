@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 
 from specserve.bench.ab import Outcome, compare
+from specserve.bench.kept import read_comparison
 from specserve.bench.options import TraceOptions
 from specserve.bench.pairs import pair
 from specserve.bench.plan import AbOptions, make_plan
-from specserve.bench.records import RunRecord
 from specserve.bench.sending import Sending
 from specserve.bench.stats import ratios
 from specserve.bench.turns import Turn
@@ -68,11 +68,6 @@ async def run(
     return await compare(variants, options, plan, Sending(), heard or Heard(), folder=folder, facts={})
 
 
-def written(folder: Path) -> list[RunRecord]:
-    lines = (folder / "runs.jsonl").read_bytes().splitlines()
-    return [msgspec.json.decode(line, type=RunRecord) for line in lines]
-
-
 def speedup(outcome: Outcome, metric: str) -> tuple[float, float, float]:
     """(low, estimate, high) of B over A."""
     found = {one.metric: one for one in ratios(pair(outcome.comparison.runs, "A", "B"))}[metric]
@@ -109,7 +104,7 @@ def test_all_of_it_is_kept(fake: Fake, tmp_path: Path) -> None:
     outcome = asyncio.run(run(tmp_path, fake("A"), fake("B"), heard=heard))
     runs = outcome.comparison.runs
     assert [(one.variant, one.round) for one in runs] == [("A", 0), ("B", 0), ("B", 1), ("A", 1)]
-    assert written(tmp_path) == runs
+    assert read_comparison(tmp_path) == outcome.comparison
     assert all(one.complete and len(one.requests) == 6 for one in runs)
     # The same requests for both, others in each round.
     places = [[request.index for request in one.requests] for one in runs]
@@ -131,7 +126,8 @@ def test_what_does_not_fit_together_is_measured_in_blocks(fake: Fake, tmp_path: 
     assert outcome.stopped is None
     assert [(one.variant, one.round) for one in outcome.comparison.runs] == [("A", 0), ("B", 0), ("B", 1), ("A", 1)]
     assert outcome.comparison.facts["turns"].startswith("in blocks")
-    assert "do not fit together: B" in outcome.comparison.facts["turns"]
+    (note,) = outcome.comparison.facts["notes"]
+    assert "one at a time with restarts, since they do not fit together: B" in note
     assert [turn.variant for turn in heard.turns if turn.warm_up] == ["A", "B", "A"]
 
 
@@ -139,7 +135,7 @@ def test_one_at_a_time_is_measured_in_blocks(fake: Fake, tmp_path: Path) -> None
     options = msgspec.structs.replace(SMALL, one_at_a_time=True)
     outcome = asyncio.run(run(tmp_path, fake("A"), fake("B"), options=options))
     assert len(outcome.comparison.runs) == 4
-    assert outcome.comparison.facts["turns"].endswith("(asked for)")
+    assert outcome.comparison.facts["turns"].endswith("(it was asked for)")
 
 
 def test_a_side_that_dies_leaves_what_was_measured(fake: Fake, tmp_path: Path) -> None:
@@ -149,12 +145,13 @@ def test_a_side_that_dies_leaves_what_was_measured(fake: Fake, tmp_path: Path) -
     assert "B (--die-after 15) ended with status 3 while it was measured: the fake engine dies" in outcome.stopped
     assert str(tmp_path / "logs" / "B-2.log") in outcome.stopped
     assert not outcome.interrupted
+    assert outcome.comparison.facts["notes"] == [f"The comparison did not finish: {outcome.stopped}."]
     runs = outcome.comparison.runs
     assert [(one.variant, one.round, one.complete) for one in runs] == [
         ("A", 0, True), ("B", 0, True), ("B", 1, False),
     ]  # fmt: skip
     assert len([one for one in runs[-1].requests if one.error is None]) >= 2
-    assert written(tmp_path) == runs
+    assert read_comparison(tmp_path) == outcome.comparison
 
 
 def test_a_running_server_that_goes_leaves_what_was_measured(fake: Fake, tmp_path: Path) -> None:
@@ -201,5 +198,5 @@ def test_a_cancelled_comparison_keeps_what_was_measured(
     assert [(one.variant, one.complete, len(one.requests)) for one in outcome.comparison.runs] == [
         ("A", True, 6), ("B", False, 2),
     ]  # fmt: skip
-    assert written(tmp_path) == outcome.comparison.runs
+    assert read_comparison(tmp_path) == outcome.comparison
     assert gone(pid)

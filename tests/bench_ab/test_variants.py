@@ -167,7 +167,7 @@ def test_the_demo_has_prompts_of_its_own_and_answers_are_greedy() -> None:
     plan = plan_for(demo, AbOptions(), trace, None, {})
     asked = [request for requests in plan.traces.values() for request in requests]
     assert {request.adapter for request in asked} == {None, "sql", "javascript", "docs"}
-    assert {request.max_tokens for request in asked} == {64}
+    assert {request.max_tokens for request in asked} == {48}
     assert default_trace(TraceOptions(input_len=9), demo).dataset_name == "random"
     others = [*demo, parse_variant("C", "specserve serve other/model", "demo")]
     assert default_trace(TraceOptions(temperature=0.5), others) == TraceOptions(temperature=0.5)
