@@ -67,10 +67,10 @@ def crossings(loads: npt.NDArray[np.float64], logs: npt.NDArray[np.float64]) -> 
     place = stops.argmax(axis=1)
     rows = np.arange(len(logs))
     before, after = logs[rows, place], logs[rows, place + 1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = before / (before - after)
+    stop = stops.any(axis=1)
+    share = np.divide(before, before - after, out=np.zeros(len(logs)), where=stop)
     found = np.exp(np.log(loads[place]) + share * np.log(loads[place + 1] / loads[place]))
-    return np.where(stops.any(axis=1), found, np.where(begun[:, -1], np.inf, 0.0))
+    return np.where(stop, found, np.where(begun[:, -1], np.inf, 0.0))
 
 
 def _errors(ratios: Sequence[Ratio], random: np.random.Generator) -> npt.NDArray[np.float64]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from specserve.bench.break_even import BreakEven
@@ -34,7 +34,8 @@ def outcome(ratio: Ratio | None) -> Outcome:
 
 def load_name(load: Load) -> str:
     """For a reader: "concurrency 8", "2.5 requests/s, 8 adapters"."""
-    return ", ".join(UNITS.get(name, name + " {}").format(number(value)) for name, value in load.items())
+    names = (UNITS.get(name, name + " {}").format(number(value)) for name, value in load.items())
+    return ", ".join("1 adapter" if name == "1 adapters" else name for name in names)
 
 
 def verdict(compared: Compared) -> str:
@@ -45,6 +46,8 @@ def verdict(compared: Compared) -> str:
     groups: dict[Outcome, list[AtLoad]] = {}
     for at in loads:
         groups.setdefault(outcome(at.headline), []).append(at)
+    if len(compared.varied) > 1:
+        return _counted(compared, groups)
     said = []
     if "faster" in groups:
         said.append(f"{b} is {_speedups(groups['faster'], compared, f' as fast as {a}')}")
@@ -102,6 +105,29 @@ def break_even_text(one: BreakEven, b: str) -> str:
 
 def number(value: float | int | str) -> str:
     return value if isinstance(value, str) else f"{value:g}"
+
+
+def _counted(compared: Compared, groups: Mapping[Outcome, Sequence[AtLoad]]) -> str:
+    """Where more than one thing was varied: at how many loads, with the best and the worst of them."""
+    names, total = (compared.a.variant, compared.b.variant), len(compared.loads)
+    said = []
+    if "faster" in groups:
+        said.append(f"{names[1]} is {_range(groups['faster'], names[0], total, best=True)}")
+    if "slower" in groups:
+        said.append(f"{'it' if said else names[1]} is {_range(groups['slower'], names[0], total, best=False)}")
+    said += [f"no difference found at {len(groups['no difference'])} of {total}"] if "no difference" in groups else []
+    said += [f"too few requests to say at {len(groups['too few'])} of {total}"] if "too few" in groups else []
+    sentence = "; ".join(said)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _range(loads: Sequence[AtLoad], a: str, total: int, *, best: bool) -> str:
+    """ "1.06× to 3.07× as fast as A at 25 of 28 loads (best: concurrency 1, α = 0.9)"."""
+    known = sorted((at.headline.speedup, load_name(at.load)) for at in loads if at.headline is not None)
+    (low, worst), (high, at_best) = known[0], known[-1]
+    span = " to ".join(dict.fromkeys(f"{speedup:.2f}×" for speedup in (low, high)))
+    number = f"all {total}" if len(known) == total else f"{len(known)} of {total}"
+    return f"{span} as fast as {a} at {number} loads ({f'best: {at_best}' if best else f'worst: {worst}'})"
 
 
 def _speedups(loads: Sequence[AtLoad], compared: Compared, unit: str) -> str:

@@ -60,6 +60,6 @@ class Fake:
         return Comparison([VariantInfo("A", "no draft"), VariantInfo("B", "draft model")], runs)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake() -> type[Fake]:
     return Fake

@@ -1,0 +1,134 @@
+"""How many times as fast one variant is as the other: over the load, or of each metric where there is one load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from specserve.bench.compare import Compared, along
+from specserve.bench.report.axis import load_axis, main_axis
+from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas, legend
+from specserve.bench.report.words import SHOWN, metric_name
+from specserve.bench.stats import Ratio
+from specserve.bench.verdict import load_name, number, outcome
+
+
+def speedups(compared: Compared) -> list[Picture]:
+    axis = main_axis(at.load for at in compared.loads)
+    return _by_metric(compared) if axis is None else _over_load(compared, axis)
+
+
+def _over_load(compared: Compared, axis: str) -> list[Picture]:
+    groups = [(load_name(others), [at for at in group if at.headline]) for others, group in along(compared.loads, axis)]
+    groups = [(name, group) for name, group in groups if group]
+    if not groups:
+        return []
+    a, b = compared.a.variant, compared.b.variant
+    title, known = f"How many times as fast {b} is as {a}", [at for _, group in groups for at in group]
+
+    def draw(palette: Palette) -> Figure:
+        figure, (axes,) = canvas(palette, title, 9.4, 3.7)
+        axes.axhline(1.0, color=palette.ink, linewidth=1.1, zorder=1.5)
+        for (name, group), colour, marker in zip(groups, palette.series[1:], MARKERS[1:], strict=False):
+            points = [(float(at.load[axis]), at.headline) for at in group if at.headline is not None]
+            _points(axes, points, {"color": colour, "marker": marker, "label": name})
+            if len(groups) == 1:
+                _name(axes, palette, points)
+        _halves(axes, palette, a, b)
+        for others, one in compared.break_evens:
+            if one.axis == axis and one.load is not None and not others:
+                axes.axvline(one.load, color=palette.muted, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+                _note(
+                    axes, palette, one.load, f"break-even at about {number(round(one.load, 1 if one.load < 10 else 0))}"
+                )
+        load_axis(axes, axis, [float(at.load[axis]) for at in known])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        if len(groups) > 1:
+            legend(axes, palette, 4)
+        return figure
+
+    caption = f"Mean E2EL of {a} over that of {b}, with {100 * compared.confidence:g} % bounds."
+    return [Picture(_file(compared), title, caption, draw, wide=True)]
+
+
+def _by_metric(compared: Compared) -> list[Picture]:
+    if not compared.loads:
+        return []
+    (at,) = compared.loads[:1]
+    found = [at.ratios[metric] for metric in SHOWN if metric in at.ratios]
+    if not found:
+        return []
+    a, b = compared.a.variant, compared.b.variant
+    title = f"How many times as fast {b} is as {a}, or as much it serves"
+
+    def draw(palette: Palette) -> Figure:
+        figure, (axes,) = canvas(palette, title, 9.4, 1.1 + 0.36 * len(found))
+        for place, ratio in enumerate(reversed(found)):
+            _bar(axes, palette, place, ratio)
+        axes.axvline(1.0, color=palette.ink, linewidth=1.1, zorder=1.5)
+        axes.set_yticks(range(len(found)), [metric_name(ratio.metric) for ratio in reversed(found)], color=palette.ink)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(f"← {a} wins · {b} wins →")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        return figure
+
+    caption = f"With {100 * compared.confidence:g} % bounds; hollow marks: too few requests for bounds."
+    return [Picture(_file(compared), title, caption, draw, wide=True)]
+
+
+def _file(compared: Compared) -> str:
+    return "speedup-" + "".join(letter if letter.isalnum() else "-" for letter in compared.b.variant.lower())
+
+
+def _points(axes: Axes, points: Sequence[tuple[float, Ratio]], look: dict[str, str]) -> None:
+    loads, values = zip(*((load, ratio.speedup) for load, ratio in points), strict=True)
+    bounded = [(load, ratio.speedup, ratio.bounds) for load, ratio in points if ratio.bounds is not None]
+    for load, value, (low, high) in bounded:
+        reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        axes.errorbar([load], [value], yerr=reach, color=look["color"], elinewidth=1.6, capsize=3.5, linestyle="none")
+    axes.plot(loads, values, **look, markersize=6.5, linewidth=2.0)  # type: ignore[arg-type]
+
+
+def _bar(axes: Axes, palette: Palette, place: int, ratio: Ratio) -> None:
+    colour = {"faster": palette.win, "slower": palette.lose}.get(outcome(ratio), palette.muted)
+    if ratio.bounds is not None:
+        axes.plot(ratio.bounds, (place, place), color=colour, linewidth=3.0, solid_capstyle="round")
+    face = colour if ratio.bounds is not None else palette.page
+    axes.plot(ratio.speedup, place, "o", color=colour, markerfacecolor=face, markersize=7)
+    end = ratio.bounds[1] if ratio.bounds else ratio.speedup
+    axes.annotate(
+        f"{ratio.speedup:.2f}×", (end, place), (9, 0), textcoords="offset points", va="center", color=palette.ink,
+        fontsize=8.5,
+    )  # fmt: skip
+
+
+def _name(axes: Axes, palette: Palette, points: Sequence[tuple[float, Ratio]]) -> None:
+    for load, ratio in points:
+        place = (load, ratio.bounds[1] if ratio.bounds else ratio.speedup)
+        axes.annotate(
+            f"{ratio.speedup:.2f}×", place, (0, 4), textcoords="offset points", ha="center", color=palette.ink,
+            fontsize=8.5, fontweight="bold",
+        )  # fmt: skip
+
+
+def _halves(axes: Axes, palette: Palette, a: str, b: str) -> None:
+    """Which side of 1 is whose; the axis always has room for both."""
+    low, high = axes.get_ylim()
+    low, high = min(low, 0.9) - 0.02, max(high, 1.1) + 0.1 * (max(high, 1.1) - 1)
+    axes.set_ylim(low, high)
+    axes.axhspan(1.0, high, color=palette.win, alpha=0.06, linewidth=0, zorder=0)
+    axes.axhspan(low, 1.0, color=palette.lose, alpha=0.06, linewidth=0, zorder=0)
+    fonts: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "xycoords": "axes fraction"}
+    axes.annotate(f"{b} wins", (1, 1), (-5, -5), ha="right", va="top", color=palette.win, **fonts)
+    axes.annotate(f"{a} wins", (0, 0), (5, 5), ha="left", va="bottom", color=palette.lose, **fonts)
+
+
+def _note(axes: Axes, palette: Palette, load: float, text: str) -> None:
+    axes.annotate(
+        text, (load, 0.0), (4, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
+        color=palette.muted, fontsize=8.5,
+    )  # fmt: skip
