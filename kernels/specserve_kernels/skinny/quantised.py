@@ -50,14 +50,22 @@ def choose_cut(out_dim: int) -> Cut:
 
 
 def quantised_one_row_triton(
-    x: Tensor, weight: Coded, residual: Tensor | None, norm: Norm | None, gated: bool, cut: Cut | None = None
+    x: Tensor,
+    weight: Coded,
+    residual: Tensor | None,
+    norm: Norm | None,
+    gated: bool,
+    cut: Cut | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """x: [1, in]."""
+    """x: [1, in]. A cut with AHEAD goes through quantised_rows' kernel."""
     codes, scales = weight
     (rows, in_dim), out_dim = x.shape, codes.shape[0] // 2 if gated else codes.shape[0]
     assert rows == 1, rows
-    out = x.new_empty(1, out_dim) if residual is None else residual
     cut = choose_cut(codes.shape[0]) if cut is None else cut
+    if cut.get("AHEAD", 0):
+        return quantised_rows_triton(x, weight, residual, gated, arrivals, cut, norm)
+    out = x.new_empty(1, out_dim) if residual is None else residual
     overlap = overlaps(x)
     gain, eps = (x, x) if norm is None else norm
     one_row_kernel[(cdiv(codes.shape[0], cut["BN"]),)](
@@ -101,7 +109,7 @@ def quantised_linear(
         return quantised_lora_triton(x, weight, lora, residual, gated, arrivals)
     if backend(x, _IMPLEMENTATIONS) == "triton" and x.shape[0] <= MAX_ROWS:
         if x.shape[0] == 1:
-            return quantised_one_row_triton(x, weight, residual, norm, gated)
+            return quantised_one_row_triton(x, weight, residual, norm, gated, arrivals=arrivals)
         x = x if norm is None else rms_norm(x, *norm)
         return quantised_rows_triton(x, weight, residual, gated, arrivals)
     x = x if norm is None else rms_norm(x, *norm)
