@@ -60,7 +60,7 @@ async def serve(
         try:
             await runner.setup()
             await _listen(runner, sock)
-            gc.freeze()  # libraries' hundred thousands of objects stay: no collection stops the streams to look at them
+            gc.freeze()  # else a collection now and then looks at all of the libraries' objects, and all streams wait
             on_ready(f"http://{config.host}:{sock.getsockname()[1]}")
             await stop.wait()
             await drain(state)

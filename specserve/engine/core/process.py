@@ -7,6 +7,7 @@ Replies go out. The process ends when its parent's end of the socket closes, so 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import logging
 import signal
@@ -161,7 +162,14 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to drain on; it then closes the socket
     module, _, factory = args.core.partition(":")
-    return run(socket.socket(fileno=args.fd), getattr(importlib.import_module(module), factory))
+    make_core = getattr(importlib.import_module(module), factory)
+
+    def make_and_freeze(config: EngineConfig) -> Core:
+        core: Core = make_core(config)
+        gc.freeze()  # else a collection now and then looks at all of the libraries' objects, for some 200 ms in a step
+        return core
+
+    return run(socket.socket(fileno=args.fd), make_and_freeze)
 
 
 if __name__ == "__main__":
