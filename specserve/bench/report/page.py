@@ -45,9 +45,8 @@ def page(
 
 
 def _head(comparison: Comparison) -> str:
-    told = [
-        str(comparison.facts[name]) for name in ("date", "machine", "device", "model") if comparison.facts.get(name)
-    ]
+    facts = comparison.facts | {"date": str(comparison.facts.get("date", ""))[:16].replace("T", " ")}
+    told = [str(facts[name]) for name in ("date", "machine", "device", "model") if facts.get(name)]
     chips = "".join(
         f'<li><span class="dot" style="background: var(--series-{place % COLOURS})"></span>'
         f"<b>{escape(info.variant)}</b>{escape(info.title)}</li>"
@@ -113,4 +112,6 @@ def _told(info: VariantInfo) -> str:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return " ".join(value)  # a command
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
