@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
+from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +23,7 @@ def surroundings() -> dict[str, Any]:
         "specserve": _version(),
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} × {_processor()}",
-    }
+    } | _gpus()
 
 
 def append_line(path: Path, value: Any) -> None:
@@ -29,6 +31,17 @@ def append_line(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         file.write(msgspec.json.encode(value) + b"\n")
+
+
+def _gpus() -> dict[str, str]:
+    """{"device": "2 × NAME"}, or nothing where there is none."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split("\n")
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    found = Counter(name.strip() for name in names if name.strip())
+    return {"device": ", ".join(f"{count} × {name}" for name, count in found.items())} if found else {}
 
 
 def _version() -> str:

@@ -9,8 +9,6 @@ from datetime import datetime
 from pathlib import Path
 
 from specserve.bench.ab import Outcome, compare
-from specserve.bench.ab_text import text
-from specserve.bench.compare import comparisons
 from specserve.bench.defaults import default_trace, plan_for
 from specserve.bench.extra import needed
 from specserve.bench.facts import surroundings
@@ -22,12 +20,12 @@ from specserve.bench.target import CHAT, COMPLETIONS
 from specserve.bench.variants import Variant, check_count, parse_variant, read_variants
 from specserve.cli.bench_ab_watch import Progress, until_signalled
 from specserve.cli.bench_flags import add_trace_flags, trace_options
+from specserve.cli.bench_report import add_goodput, show
 from specserve.cli.flags import add_flags, from_flags
 from specserve.config import environment_api_key
 from specserve.core.errors import InvalidRequestError, SpecserveError
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
-NEEDED = {"scipy.special": "A confidence interval", "matplotlib": "A report"}
 AB_HELP = {
     "rounds": "runs of each side and load, in alternating order",
     "requests": "requests a run; default: twice the concurrency and some, or ten seconds of a rate",
@@ -75,7 +73,7 @@ def add_ab(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     asked.add_argument("--endpoint", choices=(COMPLETIONS, CHAT), default=COMPLETIONS)
     asked.add_argument("--api-key", help="of the servers; default: SPECSERVE_API_KEY")
     shown = parser.add_argument_group("result")
-    shown.add_argument("--goodput", nargs="+", default=[], metavar="NAME:MS", help="goals: ttft:500 tpot:50 e2el:5000")
+    add_goodput(shown)
     shown.add_argument("--output", metavar="FOLDER", help="of report, data and logs [specserve-ab-DATE]")
     parser.set_defaults(run=run)
 
@@ -83,8 +81,7 @@ def add_ab(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 def run(args: argparse.Namespace) -> int:
     """Compare and report; 2 for what is refused, 1 for what was cut short by a server, 130 by a signal."""
     try:
-        for module, what_for in NEEDED.items():
-            needed(module, what_for)  # now, not after minutes of measuring
+        needed("scipy.special", "A confidence interval")  # now, not after minutes of measuring
         variants = _variants(args)
         options = from_flags(AbOptions, args)
         trace = default_trace(trace_options(args), variants)
@@ -156,15 +153,13 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _report(outcome: Outcome, folder: Path, slos: Slos | None) -> int:
-    """Print what was found, if anything was, and why there is not more of it."""
-    if outcome.comparison.runs:
-        found = comparisons(outcome.comparison, slos)
-        print("\n\n".join(map(text, found)))
-        print(f"Data: {folder}")
+    """Tell what was found, if anything was, and why there is not more of it."""
+    runs = len(outcome.comparison.runs)
+    if runs:
+        show(outcome.comparison, folder, slos)
     if outcome.stopped is None:
         return 0
-    runs = len(outcome.comparison.runs)
-    kept = f"what was measured by then ({runs} runs) is above and in {folder}" if runs else "nothing was measured"
+    kept = f"what was measured by then ({runs} runs) is in {folder}" if runs else "nothing was measured"
     print(f"specserve: The comparison did not finish: {outcome.stopped}; {kept}.", file=sys.stderr)
     return EXIT_INTERRUPTED if outcome.interrupted else EXIT_FAILED
 

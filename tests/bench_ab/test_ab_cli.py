@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from specserve.bench.kept import read_comparison
 from specserve.cli.main import main
 from specserve.config import DEMO_ROOT
 
@@ -35,7 +36,7 @@ def ab(folder: Path, a: str, b: str, *flags: str) -> subprocess.CompletedProcess
     return subprocess.run(command(folder, a, b, *flags), capture_output=True, text=True, timeout=DEADLINE, check=False)
 
 
-def test_a_comparison_from_the_command_line(tmp_path: Path) -> None:
+def test_a_comparison_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = ab(tmp_path / "out", side("--token-seconds", "0.02"), side("--token-seconds", "0.01"), "--rounds", "3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("B is ")
@@ -44,6 +45,16 @@ def test_a_comparison_from_the_command_line(tmp_path: Path) -> None:
     runs = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
     assert len(runs) == 6
     assert (tmp_path / "out" / "logs" / "A-1.log").exists()
+    assert "B is " in (tmp_path / "out" / "report.html").read_text()
+    assert list((tmp_path / "out").glob("*.png"))
+    capsys.readouterr()
+    again = ["bench", "report", str(tmp_path / "out"), "--output", str(tmp_path / "again"), "--goodput", "e2el:120"]
+    assert main(again) == 0
+    told = capsys.readouterr().out
+    assert told.splitlines()[0] == done.stdout.splitlines()[0]
+    goodput = next(line for line in told.splitlines() if line.startswith("Goodput (requests/s)"))
+    assert float(goodput.split()[2]) == 0 < float(goodput.split()[3])  # 160 ms and 80 ms a request
+    assert (tmp_path / "again" / "report.html").exists()
 
 
 def test_different_texts_are_shown(tmp_path: Path) -> None:
@@ -61,6 +72,7 @@ def test_a_side_that_dies_is_told_and_the_rest_is_kept(tmp_path: Path) -> None:
     assert "the fake engine dies (log: " in done.stderr
     assert "what was measured by then" in done.stderr
     assert "The measurement was cut short" in done.stdout
+    assert "The comparison did not finish: B (" in (tmp_path / "out" / "report.html").read_text()
     assert "concurrency 2 (" in done.stdout
 
 
@@ -134,3 +146,28 @@ def test_results_of_another_comparison_are_not_overwritten(tmp_path: Path, capsy
     (tmp_path / "runs.jsonl").touch()
     assert main(["bench", "ab", "--output", str(tmp_path)]) == 2
     assert "is not empty: name another folder" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_comparison_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "report", str(tmp_path)]) == 2
+    assert "holds no comparison: about.json: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_models_end_to_end(tmp_path: Path) -> None:
+    """Drafts change no text, and how many were accepted is told."""
+    program = [sys.executable, "-m", "specserve.cli.main", "bench", "ab", "--output", str(tmp_path / "out")]
+    flags = ["--concurrency", "1,4", "--rounds", "2", "--output-len", "24"]
+    words = [*program, "--a", "", "--b", "--draft-model demo", *flags]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "answers have the same text on both sides (100%)." in done.stdout
+    assert done.stdout.count("Drafts accepted") == 2
+    found = read_comparison(tmp_path / "out")
+    records = [(run.variant, record) for run in found.runs for record in run.requests]
+    assert all(record.error is None for _, record in records)
+    assert {record.adapter for _, record in records} == {None, "sql", "javascript", "docs"}
+    assert not any(sum(record.drafted_per_position) for variant, record in records if variant == "A")
+    assert sum(sum(record.accepted_per_position) for variant, record in records if variant == "B") > 100
+    assert [info.server["engine"] for info in found.variants] == ["specserve", "specserve"]
+    assert (tmp_path / "out" / "report.html").read_text().count("<svg") >= 3
