@@ -54,9 +54,11 @@ def verdict(compared: Compared) -> str:
     if "slower" in groups:
         said.append(f"{b} is slower than {a}: {_speedups(groups['slower'], compared, ' as fast')}")
     if "no difference" in groups:
-        said.append(f"no difference found {_places(groups['no difference'], compared)}")
+        said.append(f"no difference found {_places(groups['no difference'], compared, f'between {a} and {b}')}")
     if "too few" in groups:
-        said.append(f"too few requests to say {_places(groups['too few'], compared)}")
+        said.append(
+            f"too few requests to say {_places(groups['too few'], compared, f'which of {a} and {b} is faster')}"
+        )
     said += [_stops(one) for others, one in compared.break_evens if not others and one.kind == "at"]
     sentence = "; ".join(said)
     return f"{sentence[0].upper()}{sentence[1:]}."
@@ -99,7 +101,7 @@ def break_even_text(one: BreakEven, b: str) -> str:
     return {
         "beyond": f"{b} still wins at {highest}, the highest load measured.",
         "never": f"{b} wins at no load measured, from {lowest} to {highest}.",
-        "no difference": f"No difference was found at any load measured, from {lowest} to {highest}.",
+        "no difference": f"Nobody was found to win at any load measured, from {lowest} to {highest}.",
     }[one.kind]
 
 
@@ -122,7 +124,7 @@ def _counted(compared: Compared, groups: Mapping[Outcome, Sequence[AtLoad]]) -> 
 
 
 def _range(loads: Sequence[AtLoad], a: str, total: int, *, best: bool) -> str:
-    """ "1.06× to 3.07× as fast as A at 25 of 28 loads (best: concurrency 1, α = 0.9)"."""
+    """The least and the greatest speedup, at how many loads, and the load of the one that counts."""
     known = sorted((at.headline.speedup, load_name(at.load)) for at in loads if at.headline is not None)
     (low, worst), (high, at_best) = known[0], known[-1]
     span = " to ".join(dict.fromkeys(f"{speedup:.2f}×" for speedup in (low, high)))
@@ -131,7 +133,7 @@ def _range(loads: Sequence[AtLoad], a: str, total: int, *, best: bool) -> str:
 
 
 def _speedups(loads: Sequence[AtLoad], compared: Compared, unit: str) -> str:
-    """ "1.84× as fast as A at concurrency 1 (95 %: 1.79–1.90), 1.21× at concurrency 8 (1.16–1.26)"."""
+    """Each with its load and bounds, the unit told once; of many loads the first and the last."""
     shown = [at for at in loads if at.headline is not None and at.headline.bounds is not None]
     ends = len(shown) > LISTED
     parts: list[str] = []
@@ -144,15 +146,15 @@ def _speedups(loads: Sequence[AtLoad], compared: Compared, unit: str) -> str:
     return (" to " if ends else ", ").join(parts)
 
 
-def _places(loads: Sequence[AtLoad], compared: Compared) -> str:
-    """ "at concurrency 32 (95 %: 0.98–1.02), …", or with all loads the pair alone."""
+def _places(loads: Sequence[AtLoad], compared: Compared, whole: str) -> str:
+    """Where, with the farthest bounds and the number of pairs; `whole` where that is at all loads."""
     pairs = sum(at.pairs for at in loads)
     bounds = [at.headline.bounds for at in loads if at.headline is not None and at.headline.bounds is not None]
     share = f"{100 * compared.confidence:g} %: "
     told = f"{share}{min(low for low, _ in bounds):.2f}–{max(high for _, high in bounds):.2f}" if bounds else ""
     told = ", ".join(part for part in (told, f"{pairs} pairs") if part)
     if len(loads) == len(compared.loads):
-        return f"between {compared.a.variant} and {compared.b.variant} ({told})"
+        return f"{whole} ({told})"
     names = [load_name(at.load) for at in loads]
     listed = f"{names[0]} to {names[-1]}" if len(names) > LISTED else ", ".join(names)
     return f"at {listed} ({told})"

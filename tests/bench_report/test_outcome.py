@@ -48,7 +48,7 @@ def test_break_even_is_interpolated_between_loads() -> None:
     [
         ((1.5, 1.3, 1.2), "beyond", "B still wins at concurrency 4, the highest load measured."),
         ((0.9, 0.8), "never", "B wins at no load measured, from concurrency 1 to concurrency 2."),
-        ((1.001, 0.999, 1.0), "no difference", "No difference was found at any load measured"),
+        ((1.001, 0.999, 1.0), "no difference", "Nobody was found to win at any load measured, from concurrency 1"),
         ((0.8, 1.4, 1.2, 0.8), "at", "B stops winning at about concurrency 5.5 ("),
     ],
 )
@@ -122,7 +122,7 @@ def test_the_verdict_of_one_load(fake: Callable[..., Any]) -> None:
     same = compare(fake(speedup=1.0).comparison(3), "A", "B")
     assert verdict(same).startswith("No difference found between A and B (95 %: 0.9")
     few = compare(fake(rounds=2, requests=3).comparison(1), "A", "B")
-    assert verdict(few) == "Too few requests to say between A and B (6 pairs)."
+    assert verdict(few) == "Too few requests to say which of A and B is faster (6 pairs)."
 
 
 def test_the_verdict_of_several_loads_says_where_b_stops_winning(fake: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from specserve.bench.metrics import LATENCIES, timing
 from specserve.bench.pairs import Load, by_load
@@ -18,6 +18,7 @@ from specserve.bench.verdict import load_name
 POINTS = 300  # of a line: a picture needs no more, however many values there are
 SHOWN = 3  # loads in one picture: the least, the middle one, the most
 WIDE = 12  # a time's p99 over its p1, from which on its axis is logarithmic
+FAR = 60  # the same, from which on an axis has fewer numbers
 MARKED = (0.5, 0.9, 0.99)
 TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
 
@@ -34,12 +35,14 @@ def latencies(comparison: Comparison) -> list[Picture]:
         return []
     kinds = [kind for kind in LATENCIES if any(times[name][kind] for _, times in shown for name in names)]
 
+    wide = {kind for kind in kinds for _, times in shown if _is_wide([times[name][kind] for name in names])}
+
     def draw(palette: Palette) -> Figure:
         figure, found = canvas(palette, TITLE, 2.5 * len(kinds) + 0.6, 2.0 * len(shown) + 0.6, len(kinds), len(shown))
         for place, axes in enumerate(found):
             load, times = shown[place // len(kinds)]
             kind = kinds[place % len(kinds)]
-            _distribution(axes, palette, {name: times[name][kind] for name in names})
+            _distribution(axes, palette, {name: times[name][kind] for name in names}, logarithmic=kind in wide)
             if place < len(kinds):
                 axes.set_title(f"{TITLES[kind]}, ms", loc="left", color=palette.ink)
             if place % len(kinds) == 0:
@@ -59,8 +62,7 @@ TITLE = "How long requests take"
 CAPTION = "Share of requests (of ITL: of gaps) that took no longer; further left is faster. Marks: p50, p90, p99."
 
 
-def _distribution(axes: Axes, palette: Palette, sides: dict[str, list[float]]) -> None:
-    known = [np.asarray(values) for values in sides.values() if values]
+def _distribution(axes: Axes, palette: Palette, sides: dict[str, list[float]], *, logarithmic: bool) -> None:
     for (name, values), colour, marker in zip(sides.items(), palette.series, MARKERS, strict=False):
         if values:
             shares = np.unique(np.concatenate([np.linspace(0, 1, POINTS), 1 - np.geomspace(1e-3, 0.05, 30)]))
@@ -68,19 +70,29 @@ def _distribution(axes: Axes, palette: Palette, sides: dict[str, list[float]]) -
             marks = np.quantile(values, MARKED)
             axes.plot(marks, MARKED, color=colour, linestyle="none", marker=marker, markersize=4.5)
         axes.plot([], [], color=colour, linewidth=1.9, marker=marker, markersize=5, label=name)  # of the legend
-    if known:
-        low = min(float(np.quantile(one, 0.01)) for one in known)
-        high = max(float(np.quantile(one, 0.995)) for one in known)
-        if low > 0 and high > WIDE * low:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xlim(low * 0.8, high * 1.25)
-        else:
-            axes.set_xlim(0, high * 1.08 or 1)
+    low, high = _ends([*sides.values()])
+    if logarithmic and low > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high > FAR * low else (1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(low * 0.85, high * 1.15)
+    else:
+        axes.set_xlim(0, high * 1.08 or 1)
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.5, 0.9, 1.0])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _ends(sides: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The least p1 and the greatest p99.5, outliers being no reason to squeeze the rest; 0 of nothing."""
+    known = [np.quantile(values, (0.01, 0.995)) for values in sides if values]
+    return (float(min(one[0] for one in known)), float(max(one[1] for one in known))) if known else (0.0, 0.0)
+
+
+def _is_wide(sides: Sequence[Sequence[float]]) -> bool:
+    low, high = _ends(sides)
+    return low > 0 and high > WIDE * low
 
 
 def _times(runs: Sequence[RunRecord], variant: str) -> Times:
