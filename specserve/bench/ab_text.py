@@ -38,7 +38,7 @@ def text(compared: Compared) -> str:
 def _table(at: AtLoad, compared: Compared) -> list[str]:
     found = {name: at.ratios[name] for name in ROWS if name in at.ratios}
     head = (
-        f"{load_name(at.load)} ({at.pairs} pairs in {at.rounds} rounds)",
+        f"{load_name(at.load)} ({at.pairs} pairs in {at.rounds} round{'s' if at.rounds != 1 else ''})",
         compared.a.variant,
         compared.b.variant,
         "",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +21,17 @@ def surroundings() -> dict[str, Any]:
     """Date, command, specserve's version and this machine: what a reader needs to repeat a run."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["specserve", *sys.argv[1:]],
+        "command": ["specserve", *_without_keys(sys.argv[1:])],
         "specserve": _version(),
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} × {_processor()}",
     } | _gpus()
+
+
+def _without_keys(words: Sequence[str]) -> list[str]:
+    """Reports are shown around, API keys are not."""
+    shown = [re.sub(r"^(--api-key=).*", r"\1…", word) for word in words]
+    return ["…" if place and words[place - 1] == "--api-key" else word for place, word in enumerate(shown)]
 
 
 def append_line(path: Path, value: Any) -> None:

@@ -51,6 +51,12 @@ def parse_variant(name: str, text: str, model: str) -> Variant:
     if text.startswith(("http://", "https://")):
         return Variant(name, text, url=text.rstrip("/"))
     words = _words(name, text)
+    if any(word.split("=")[0] == "--api-key" for word in words):
+        raise InvalidRequestError(
+            f"--{name}: reports show a side's command, so leave --api-key out of it and set SPECSERVE_API_KEY (for "
+            "another server its own variable, and --api-key of this command).",
+            param="api_key",
+        )
     if not words or words[0].startswith("-"):
         return Variant(name, _title(words), "specserve", _serve([model, *words]), tokenizer=model)
     if words[0] == "specserve" and words[1:2] == ["serve"]:

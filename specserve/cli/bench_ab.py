@@ -93,9 +93,8 @@ def run(args: argparse.Namespace) -> int:
     facts = surroundings() | {"seed": trace.seed, "dataset": _dataset(trace), "rounds": options.rounds}
     sending = Sending(endpoint=args.endpoint, headers=_headers(args))
     with Progress() as progress:
-        outcome = asyncio.run(
-            until_signalled(compare(variants, options, plan, sending, progress, folder=folder, facts=facts))
-        )
+        comparing = compare(variants, options, plan, sending, progress, folder=folder, facts=facts)
+        outcome = asyncio.run(until_signalled(comparing, progress))
     return _report(outcome, folder, slos)
 
 

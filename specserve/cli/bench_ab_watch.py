@@ -15,16 +15,19 @@ from specserve.bench.ab import Outcome
 from specserve.bench.plan import load_name
 from specserve.bench.turns import Turn
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TICK_SECONDS = 0.5
+STARTING = "{desc} {elapsed}"
 BAR = "{desc} |{bar:20}| {n_fmt}/{total_fmt} requests {elapsed}<{remaining}"
 
 
 class Progress:
-    """A bar on a terminal; what takes a while without requests is a line, wherever it goes."""
+    """A bar on a terminal; elsewhere a line for each server that is started."""
 
     def __init__(self) -> None:
         # disable=None: shown on a terminal alone.
-        self._bar = tqdm(bar_format=BAR, disable=None, leave=False, total=0)
-        self._rounds = 0
+        self._bar = tqdm(bar_format=STARTING, disable=None, leave=False, total=0)
+        self._rounds = 0  # 0: nothing is planned yet
 
     def __enter__(self) -> Progress:
         return self
@@ -35,9 +38,14 @@ class Progress:
         self._bar.close()
 
     def told(self, line: str) -> None:
-        tqdm.write(f"{line}…" if line[-1] not in ".)" else f"{line} …", file=sys.stderr)
+        if self._bar.disable:
+            print(f"{line} …", file=sys.stderr, flush=True)
+        if not self._rounds:
+            self._bar.reset(total=0)  # each start has a time of its own
+        self._bar.set_description_str(line)
 
     def planned(self, turns: Sequence[Turn], requests: int) -> None:
+        self._bar.bar_format = BAR
         self._bar.reset(total=requests)
         self._rounds = max(turn.round for turn in turns) + 1
 
@@ -48,15 +56,22 @@ class Progress:
     def request_ended(self) -> None:
         self._bar.update()
 
+    def tick(self) -> None:
+        """Let the seconds go on while nothing ends."""
+        self._bar.refresh()
 
-async def until_signalled(comparison: Coroutine[Any, Any, Outcome]) -> Outcome:
+
+async def until_signalled(comparison: Coroutine[Any, Any, Outcome], progress: Progress) -> Outcome:
     """The outcome; a signal cancels the comparison, which then stops its servers and tells what it has."""
     task: asyncio.Task[Outcome] = asyncio.create_task(comparison)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         loop.add_signal_handler(number, task.cancel)
     try:
-        return await task
+        while not task.done():
+            await asyncio.wait({task}, timeout=TICK_SECONDS)
+            progress.tick()
+        return task.result()
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in SIGNALS:
             loop.remove_signal_handler(number)

@@ -58,8 +58,10 @@ def test_a_comparison_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_different_texts_are_shown(tmp_path: Path) -> None:
-    done = ab(tmp_path / "out", side(), side("--wrong-after", "3"), "--rounds", "1")
+    done = ab(tmp_path / "out", side(), side("--wrong-after", "3"), "--rounds", "1", "--api-key", "secret")
     assert done.returncode == 0, done.stderr
+    for name in ("report.html", "report.jsonl", "about.json"):
+        assert "secret" not in (tmp_path / "out" / name).read_text()
     assert "0 of 6 answers have the same text on both sides (0%); the first difference is in request 6" in done.stdout
     assert "A goes on with 'w3 w4" in done.stdout
     assert "B goes on with 'other other" in done.stdout

@@ -62,6 +62,7 @@ def test_another_servers_command_tells_its_port() -> None:
         ("A", "vllm serve model", "'vllm' is not installed here"),
         ("A", "--lora 'x", "No closing quotation"),
         ("a b", "", "variant name"),
+        ("A", "--api-key secret", "reports show a side's command"),
     ],
 )
 def test_what_cannot_be_started_is_refused(name: str, text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
