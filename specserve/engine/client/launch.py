@@ -19,7 +19,7 @@ from specserve.engine.core.framing import HEADER, FrameBuffer, encode_frame
 
 ENGINE_CORE = "specserve.engine.core.core:make_core"
 _READ_LIMIT = 1 << 24  # bytes buffered before the socket is left to fill
-_READ_BYTES = 1 << 16  # taken at once: a thousand outputs, so that others' turn comes within some 20 ms
+_READ_BYTES = 1 << 14  # taken at once: some hundreds of outputs, a few steps of a large batch
 
 
 @dataclass(slots=True)
@@ -45,6 +45,7 @@ class EngineLink:
             while (frame := frames.next()) is not None:
                 messages.append(decoder.decode(frame))
             yield messages
+            await asyncio.sleep(0)  # others' turn: reading does not wait while the engine has said more
 
     async def _read(self) -> bytes:
         try:
