@@ -42,7 +42,7 @@ class Sample:
         values = np.array([value for row in rows for value in row])
         found = np.quantile(values, quantiles)
         starts = np.repeat(np.arange(len(rows)), sizes)
-        below = np.stack([np.bincount(starts, (values <= one).astype(np.float64), len(rows)) for one in found], axis=1)
+        below = np.stack([np.bincount(starts, values <= one, len(rows)) for one in found], axis=1).astype(np.float64)
         slopes = np.array([slope(values, quantile, int((sizes > 0).sum())) for quantile in quantiles])
         most = np.array([max(row) for row in rows if len(row)])
         tails = (most[:, None] >= found).sum(axis=0)
