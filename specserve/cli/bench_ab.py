@@ -8,12 +8,14 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
+
 from specserve.bench.ab import Outcome, compare
 from specserve.bench.defaults import default_trace, plan_for
 from specserve.bench.extra import needed
 from specserve.bench.facts import surroundings
 from specserve.bench.metrics import Slos
-from specserve.bench.options import TRACE_HELP, TraceOptions
+from specserve.bench.options import TRACE_HELP
 from specserve.bench.plan import AbOptions
 from specserve.bench.sending import Sending
 from specserve.bench.target import CHAT, COMPLETIONS
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         folder = _folder(args.output)
     except SpecserveError as error:
         return _failed(str(error), EXIT_REFUSED)
-    facts = surroundings() | {"seed": trace.seed, "dataset": _dataset(trace), "rounds": options.rounds}
+    facts = surroundings() | {"requests": msgspec.to_builtins(trace), "rounds": options.rounds}
     sending = Sending(endpoint=args.endpoint, headers=_headers(args))
     with Progress() as progress:
         comparing = compare(variants, options, plan, sending, progress, folder=folder, facts=facts)
@@ -114,10 +116,6 @@ def _variants(args: argparse.Namespace) -> list[Variant]:
     if len(set(urls)) < len(urls):
         raise InvalidRequestError("Two sides are the same server: the second would find its prompts cached.", param="b")
     return found
-
-
-def _dataset(trace: TraceOptions) -> str:
-    return trace.dataset_name if trace.dataset_path is None else f"{trace.dataset_name}: {trace.dataset_path}"
 
 
 def _headers(args: argparse.Namespace) -> dict[str, str]:
@@ -154,8 +152,12 @@ def _numbers(text: str) -> tuple[float, ...]:
 def _report(outcome: Outcome, folder: Path, slos: Slos | None) -> int:
     """Tell what was found, if anything was, and why there is not more of it."""
     runs = len(outcome.comparison.runs)
-    if runs:
-        show(outcome.comparison, folder, slos)
+    try:
+        if runs:
+            show(outcome.comparison, folder, slos)
+    except KeyboardInterrupt:
+        again = f"all was measured; `specserve bench report {folder}` makes its report"
+        return _failed(f"interrupted while the report was made: {again}.", EXIT_INTERRUPTED)
     if outcome.stopped is None:
         return 0
     kept = f"what was measured by then ({runs} runs) is in {folder}" if runs else "nothing was measured"

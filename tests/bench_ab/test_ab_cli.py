@@ -39,6 +39,7 @@ def ab(folder: Path, a: str, b: str, *flags: str) -> subprocess.CompletedProcess
 def test_a_comparison_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = ab(tmp_path / "out", side("--token-seconds", "0.02"), side("--token-seconds", "0.01"), "--rounds", "3")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("Starting A (")
     assert done.stdout.startswith("B is ")
     assert "concurrency 2 (18 pairs in 3 rounds)" in done.stdout
     assert "18 of 18 answers have the same text on both sides (100%)." in done.stdout
@@ -55,6 +56,20 @@ def test_a_comparison_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
     goodput = next(line for line in told.splitlines() if line.startswith("Goodput (requests/s)"))
     assert float(goodput.split()[2]) == 0 < float(goodput.split()[3])  # 160 ms and 80 ms a request
     assert (tmp_path / "again" / "report.html").exists()
+
+
+def test_a_file_of_three_compares_two_with_the_first(tmp_path: Path) -> None:
+    sides = {"first": side(), "second": side("--token-seconds", "0.004"), "third": side("--wrong-after", "2")}
+    path = tmp_path / "variants.yaml"
+    path.write_text(json.dumps({"variants": sides}))  # which is YAML too
+    program = [sys.executable, "-m", "specserve.cli.main", "bench", "ab", "--output", str(tmp_path / "out"), *PROMPTS]
+    words = [*program, "--variants", str(path), "--rates", "20", "--requests", "4", "--rounds", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("20 requests/s (8 pairs in 2 rounds)") == 2
+    second, third = done.stdout.split("third: ")
+    assert "8 of 8 answers" in second
+    assert "0 of 8 answers" in third
 
 
 def test_different_texts_are_shown(tmp_path: Path) -> None:
