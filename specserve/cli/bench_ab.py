@@ -38,7 +38,7 @@ AB_HELP = {
 TRACE_FLAGS = {
     name: text for name, text in TRACE_HELP.items()
     if name not in ("num_prompts", "request_rate") and not name.startswith("ramp_up")
-}  # fmt: skip
+} | {"temperature": "0 unless given, but with --seeded the server's"}  # fmt: skip
 EPILOG = """\
 A side is flags of `specserve serve`, the URL of a server that runs, or the command of one that is installed:
 
