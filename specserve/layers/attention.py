@@ -11,6 +11,7 @@ from specserve.layers.linear import Linear
 from specserve.layers.norm import HeadNorm, RMSNorm
 from specserve_kernels.attention.paged import PreparedAttention, paged_attention
 from specserve_kernels.qkv import rotate_and_cache
+from specserve_kernels.skinny.ahead import Ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,11 @@ class Attention:
         self._scale = head_dim**-0.5
         self._window = window
 
-    def add_to(self, residual: Tensor, norm: RMSNorm, ctx: ForwardContext, step: Step) -> None:
-        """residual [T, hidden] += attention(norm(residual)), in place."""
-        qkv, update = self._qkv.forward(residual, norm, ctx)
+    def add_to(
+        self, residual: Tensor, norm: RMSNorm, ctx: ForwardContext, step: Step, ahead: Ahead | None, then: RMSNorm
+    ) -> Ahead | None:
+        """residual [T, hidden] += attention(norm(residual)), in place; `ahead` and `then` as in Linear."""
+        qkv, update = self._qkv.forward(residual, norm, ctx, ahead)
         k_cache, v_cache = ctx.kv_caches[self._layer]
         rotate = rotate_and_cache if update is None else update.rotate_and_cache
         q = rotate(
@@ -59,4 +62,4 @@ class Attention:
             finite=ctx.lora is not None,  # an adapter may overflow; the cache must not keep what is not finite
         )  # fmt: skip
         attended = paged_attention(q, k_cache, v_cache, step.attention, self._scale, self._window)
-        self._out.add_to(residual, attended.reshape(residual.shape[0], -1), ctx)
+        return self._out.add_to(residual, attended.reshape(residual.shape[0], -1), ctx, then)

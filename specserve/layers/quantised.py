@@ -16,6 +16,7 @@ from specserve.layers.storage import Parameter, whole
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.lora.folded import Folded
 from specserve_kernels.lora.grouped import GroupedLora
+from specserve_kernels.skinny.ahead import Ahead
 from specserve_kernels.skinny.codes import Coded, Kind, empty_coded
 from specserve_kernels.skinny.linear import Norm, arrivals
 from specserve_kernels.skinny.quantised import quantised_linear, takes_lora
@@ -48,10 +49,16 @@ class QuantisedStorage:
         y = quantised_linear(x, self._coded, norm=norm, arrivals=self._arrivals).add_(self._bias)
         return silu_mul(y) if gated else y
 
-    def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None) -> None:
+    def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None, then: Norm | None = None) -> None:
         quantised_linear(x, self._coded, residual=y, arrivals=self._arrivals, lora=lora)
         if self._bias is not None:
             y.add_(self._bias)
+
+    def takes_ahead(self, ahead: Ahead) -> bool:
+        return False
+
+    def matmul_ahead(self, ahead: Ahead, norm: Norm, *, gated: bool = False, lora: Folded | None = None) -> Tensor:
+        raise NotImplementedError("codes have no such product: see takes_ahead")
 
     def fold(self, x: Tensor, lora: LoraApplier, linear_index: int) -> Folded | None:
         if self._bias is not None or not isinstance(lora, GroupedLora):

@@ -18,8 +18,19 @@ from specserve_kernels.dispatch import runs_triton
 from specserve_kernels.lora.folded import Folded
 from specserve_kernels.lora.grouped import GroupedLora
 from specserve_kernels.norm import rms_norm
+from specserve_kernels.skinny.ahead import Ahead
 from specserve_kernels.skinny.codes import Coded, encode
-from specserve_kernels.skinny.linear import Norm, arrivals, is_skinny, skinny_linear, takes_lora
+from specserve_kernels.skinny.linear import (
+    Norm,
+    add_skinny_linear,
+    arrivals,
+    is_skinny,
+    leaves_ahead,
+    skinny_linear,
+    skinny_linear_ahead,
+    takes_ahead,
+    takes_lora,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +83,15 @@ class Storage(Protocol):
         two halves of out go through silu(first) * second, which leaves [T, out / 2]. `lora`, from `fold`: is added to
         the product."""
 
-    def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None) -> None:
-        """y [T, out] += x Wᵀ + bias, in place; `lora` as above."""
+    def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None, then: Norm | None = None) -> Ahead | None:
+        """y [T, out] += x Wᵀ + bias, in place; `lora` as above. What it leaves for the norm of y that comes `then`, if
+        anything."""
+
+    def takes_ahead(self, ahead: Ahead) -> bool:
+        """Whether `matmul_ahead` is for what was left."""
+
+    def matmul_ahead(self, ahead: Ahead, norm: Norm, *, gated: bool = False, lora: Folded | None = None) -> Tensor:
+        """`matmul` of what `ahead` was left of, with the norm that it was left for; `lora` is of ahead.scaled."""
 
     def fold(self, x: Tensor, lora: LoraApplier, linear_index: int) -> Folded | None:
         """What the product of x takes of linear `linear_index`'s adapters into itself; None: its reader adds them."""
@@ -112,13 +130,23 @@ class DenseStorage:
         y = torch.mm(x, self._weight) if self._bias is None else torch.addmm(self._bias, x, self._weight)
         return silu_mul(y) if gated else y
 
-    def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None) -> None:
+    def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None, then: Norm | None = None) -> Ahead | None:
+        weight = self._weight.t()
+        if self._bias is None and then is not None and leaves_ahead(x, weight, lora):
+            return add_skinny_linear(y, x, weight, then[0], lora=lora, arrivals=self._arrivals)
         if self._bias is None and is_skinny(x):
-            skinny_linear(x, self._weight.t(), residual=y, lora=lora, arrivals=self._arrivals)
-            return
+            skinny_linear(x, weight, residual=y, lora=lora, arrivals=self._arrivals)
+            return None
         y.addmm_(x, self._weight)
         if self._bias is not None:
             y.add_(self._bias)
+        return None
+
+    def takes_ahead(self, ahead: Ahead) -> bool:
+        return self._bias is None and takes_ahead(ahead, self._weight.t())
+
+    def matmul_ahead(self, ahead: Ahead, norm: Norm, *, gated: bool = False, lora: Folded | None = None) -> Tensor:
+        return skinny_linear_ahead(ahead, norm[1], self._weight.t(), gated=gated, lora=lora, arrivals=self._arrivals)
 
     def fold(self, x: Tensor, lora: LoraApplier, linear_index: int) -> Folded | None:
         if self._bias is not None or not isinstance(lora, GroupedLora):

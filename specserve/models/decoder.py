@@ -21,6 +21,7 @@ from specserve.layers.rotary import Rotary
 from specserve.layers.storage import Parameter
 from specserve.models.spec import ModelSpec
 from specserve_kernels.attention.paged import AttentionShape, prepare
+from specserve_kernels.skinny.ahead import Ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,13 @@ class Block:
     mlp_norm: RMSNorm
     mlp: GatedMLP
 
-    def forward(self, hidden: Tensor, ctx: ForwardContext, step: Step) -> None:
-        """hidden [T, hidden] goes through the layer, in place."""
-        self.attention.add_to(hidden, self.attention_norm, ctx, step)
-        self.mlp.add_to(hidden, self.mlp_norm, ctx)
+    def forward(
+        self, hidden: Tensor, ctx: ForwardContext, step: Step, ahead: Ahead | None, then: RMSNorm | None
+    ) -> Ahead | None:
+        """hidden [T, hidden] goes through the layer, in place. ahead: what the layer before left for this one's first
+        norm; returns what this one leaves for the norm that comes `then`."""
+        ahead = self.attention.add_to(hidden, self.attention_norm, ctx, step, ahead, self.mlp_norm)
+        return self.mlp.add_to(hidden, self.mlp_norm, ctx, ahead, then)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,10 @@ class Decoder:
         cos, sin = self.rotary.at(meta.positions)
         step = Step(prepare(meta, shape), cos, sin)
         hidden = self.embedding.embed(input_ids)
-        for block in self.blocks:
-            block.forward(hidden, ctx, step)
+        ahead = None
+        norms = [*(block.attention_norm for block in self.blocks[1:]), None]
+        for block, then in zip(self.blocks, norms, strict=True):
+            ahead = block.forward(hidden, ctx, step, ahead, then)
         return self.norm.forward(hidden)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -7,9 +7,19 @@ import itertools
 import pytest
 import torch
 
+from specserve_kernels.lora.folded import Folded
 from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora
+from specserve_kernels.norm import rms_norm_ref
+from specserve_kernels.skinny.ahead import factors_ref, leave_ref
 from specserve_kernels.skinny.hopper import choose_cut, skinny_linear_hopper, takes
-from specserve_kernels.skinny.linear import skinny_linear, skinny_linear_ref, skinny_linear_triton, takes_lora
+from specserve_kernels.skinny.linear import (
+    add_skinny_linear,
+    skinny_linear,
+    skinny_linear_ahead,
+    skinny_linear_ref,
+    skinny_linear_triton,
+    takes_lora,
+)
 from specserve_kernels.tolerances import OP
 
 VARIANTS = [(False, False, False), (True, False, False), (False, True, False), (False, True, True), (True, True, False)]
@@ -150,3 +160,66 @@ def test_adapters_are_added_apart_where_the_product_does_not_take_them(device: t
         factors, _ = slots_of([4, 16], widths, 64, device)
         factors = SlotFactors(factors.a.to(dtype), factors.b.to(dtype), factors.widths)
         assert not takes_lora(made((3, 64), dtype, device), made((sum(widths), 64), dtype, device), factors)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 13, 40, 64])
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(("gated", "parted"), [(False, True), (True, False), (False, False)])
+def test_a_norm_between_two_products_on_hopper(
+    rows: int, adapters: bool, gated: bool, parted: bool, device: torch.device
+) -> None:
+    """What the first leaves is what a norm of its result needs, and the second makes of it what the norm would have;
+    with adapters in both or none, of a size that fills its tiles or not, by one program a tile or several."""
+    torch.manual_seed(5)
+    size, out = 1152 if adapters else 1160, 384
+    x, residual = made((rows, 456), torch.bfloat16, device), 3 * made((rows, size), torch.bfloat16, device)
+    first, second = made((size, 456), torch.bfloat16, device), made((out, size), torch.bfloat16, device)
+    gain, eps = 1 + made((size,), torch.bfloat16, device), torch.tensor(1e-5, device=device)
+    if not takes(x, first):
+        pytest.skip("needs a Hopper GPU")
+    arrivals = torch.zeros(64, dtype=torch.int32, device=device) if parted else None
+    row_slots = torch.arange(rows, device=device)[:, None] % 5 - 1
+    row_weights = torch.rand(rows, 1, device=device)
+    widths = (out // 2,) * 2 if gated else (out,)
+    of_first, of_second = (slots_of([8, 3, 16, 40], *sizes, device) for sizes in (((size,), 456), (widths, size)))
+
+    def fold(given: tuple[SlotFactors, torch.Tensor], x: torch.Tensor) -> Folded | None:
+        return grouped(*given, row_slots, row_weights).fold(0, x) if adapters else None
+
+    h = residual.clone()
+    ahead = add_skinny_linear(h, x, first, gain, arrivals=arrivals, lora=fold(of_first, x))
+    plain = skinny_linear(x, first, residual=residual.clone(), arrivals=arrivals, lora=fold(of_first, x))
+    if rows > 1 or adapters:  # one row alone takes another kernel
+        assert torch.equal(h, plain) and (arrivals is None or not arrivals.any())
+    left = leave_ref(h.double(), gain.double())
+    rtol, atol = OP[torch.bfloat16]
+    torch.testing.assert_close(ahead.scaled, left.scaled.to(h.dtype), rtol=rtol, atol=atol)
+    torch.testing.assert_close(ahead.squares[:, :rows].double(), left.squares[:, :rows], rtol=1e-5, atol=1e-5)
+
+    got, again = (
+        skinny_linear_ahead(ahead, eps, second, gated=gated, arrivals=arrivals, lora=fold(of_second, ahead.scaled))
+        for _ in range(2)
+    )
+    normed = rms_norm_ref(h.double(), gain.double(), eps.double())
+    none = torch.full_like(row_slots, -1)
+    want = expected_of(normed, second, of_second, row_slots if adapters else none, row_weights, gated)
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+    assert torch.equal(got, again)
+
+
+def expected_of(
+    normed: torch.Tensor, weight: torch.Tensor, given: tuple[SlotFactors, torch.Tensor], row_slots: torch.Tensor,
+    row_weights: torch.Tensor, gated: bool,
+) -> torch.Tensor:  # fmt: skip
+    """`expected` of an x that is wide already: nothing is rounded on the way."""
+    return expected(normed, weight, None, *given, row_slots, row_weights, int(gated)).to(weight.dtype)
+
+
+def test_what_is_left_for_a_norm_is_what_it_needs() -> None:
+    """The references of skinny.ahead against the norm's own."""
+    torch.manual_seed(6)
+    h, gain, weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 200), (200,), (24, 200)))
+    ahead, eps = leave_ref(h, gain), torch.tensor(1e-5, dtype=torch.float64)
+    assert ahead.squares.shape == (4, 8)
+    got = (ahead.scaled @ weight.t()) * factors_ref(ahead, eps)
+    torch.testing.assert_close(got, rms_norm_ref(h, gain, eps) @ weight.t(), rtol=1e-12, atol=1e-12)

@@ -26,6 +26,7 @@ from specserve_kernels.lora.folded import MOST_FOLDED, Folded
 from specserve_kernels.lora.grouped import SlotFactors
 from specserve_kernels.lora.tiles import RANK_BLOCK
 from specserve_kernels.overlap import overlaps
+from specserve_kernels.skinny.ahead import Ahead, padded_rows
 from specserve_kernels.skinny.hopper_fold import consume_fold, produce_fold
 from specserve_kernels.skinny.hopper_parts import consume, produce
 
@@ -47,18 +48,20 @@ _FOLDS = 48  # programs that multiply by A, where adapters are few
 
 
 @relaunched
-@gluon.jit(do_not_specialize=["count", "steps"])
+@gluon.jit(do_not_specialize=["count", "steps", "normed_tiles"])
 def _skinny_kernel(
     w_desc, x_desc, out, workspace, arrivals, count, out_dim, steps, out_stride,
+    gain, scaled, squares, eps, normed_tiles, normed_size,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
+    GATED: gl.constexpr, RESIDUAL: gl.constexpr, LEAVES: gl.constexpr, NORMED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Program p: part p % SPLITS of tile p // SPLITS. steps: stages along `in` of a part; DEPTH tiles in a stage."""
     w_smem, x_smem, full, empty = _ring(out.dtype.element_ty, ROWS, TOKENS, DEPTH, STAGES, GATED)
+    norm = (gain, scaled, squares, eps, normed_tiles, normed_size)
     gl.warp_specialize(
         [
-            (_consume, (out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
-                        ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PDL)),
+            (_consume, (out, workspace, arrivals, norm, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
+                        ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LEAVES, NORMED, PDL)),
             (_produce, (w_desc, x_desc, w_smem, x_smem, full, empty, out_dim, steps,
                         ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PDL)),
         ],
@@ -85,11 +88,12 @@ def _ring(dtype: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: 
 
 
 @gluon.jit
-def _consume(out, workspace, arrivals, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
+def _consume(out, workspace, arrivals, norm, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
              ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
-             SPLITS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    consume(out, workspace, arrivals, None, w_smem, x_smem, full, empty, gl.program_id(0), count, out_dim, steps,
-            out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, 0, PDL)  # fmt: skip
+             SPLITS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, LEAVES: gl.constexpr,
+             NORMED: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    consume(out, workspace, arrivals, None, norm, w_smem, x_smem, full, empty, gl.program_id(0), count, out_dim, steps,
+            out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LEAVES, NORMED, 0, PDL)  # fmt: skip
 
 
 @gluon.jit
@@ -101,23 +105,27 @@ def _produce(w_desc, x_desc, w_smem, x_smem, full, empty, out_dim, steps,
 
 
 @relaunched
-@gluon.jit(do_not_specialize=["count", "steps", "folds", "fold_parts", "fold_steps"])
+@gluon.jit(do_not_specialize=["count", "steps", "normed_tiles", "folds", "fold_parts", "fold_steps"])
 def _skinny_lora_kernel(
     w_desc, x_desc, out, workspace, arrivals, count, out_dim, steps, out_stride,
+    gain, scaled, squares, eps, normed_tiles, normed_size,
     a_desc, b_desc, s_desc, s, s_stride, sums, fold_arrivals, ready, counts, blocks, token_slots, token_weights,
     rank_stride, second, third, fourth, folds, fold_parts, fold_steps,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    GATED: gl.constexpr, RESIDUAL: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr, PDL: gl.constexpr,
+    GATED: gl.constexpr, RESIDUAL: gl.constexpr, LEAVES: gl.constexpr, NORMED: gl.constexpr,
+    PARTS: gl.constexpr, M: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The first `folds` programs compute s (hopper_fold), the others are those of _skinny_kernel, and add s B."""
     w_smem, x_smem, full, empty = _ring(out.dtype.element_ty, ROWS, TOKENS, DEPTH, STAGES, GATED)
     adapters = (b_desc, s_desc, ready, counts, blocks, rank_stride, second, third, fourth)
     fold = (a_desc, s, s_stride, sums, fold_arrivals, ready, counts, blocks, token_slots, token_weights, rank_stride,
             folds, fold_parts, fold_steps)  # fmt: skip
+    norm = (gain, scaled, squares, eps, normed_tiles, normed_size)
     gl.warp_specialize(
         [
-            (_consume_lora, (out, workspace, arrivals, fold, w_smem, x_smem, full, empty, count, out_dim, steps,
-                             out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PARTS, M, PDL)),
+            (_consume_lora, (out, workspace, arrivals, norm, fold, w_smem, x_smem, full, empty, count, out_dim, steps,
+                             out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LEAVES, NORMED, PARTS, M,
+                             PDL)),
             (_produce_lora, (w_desc, x_desc, adapters, fold, w_smem, x_smem, full, empty, out_dim, steps,
                              ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PARTS, PDL)),
         ],
@@ -127,17 +135,17 @@ def _skinny_lora_kernel(
 
 
 @gluon.jit
-def _consume_lora(out, workspace, arrivals, fold, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
+def _consume_lora(out, workspace, arrivals, norm, fold, w_smem, x_smem, full, empty, count, out_dim, steps, out_stride,
                   ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
-                  SPLITS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, PARTS: gl.constexpr,
-                  M: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+                  SPLITS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, LEAVES: gl.constexpr,
+                  NORMED: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     _, _, _, _, _, _, counts, _, _, _, _, folds, _, _ = fold
     program = gl.program_id(0) - folds
     if program < 0:
         consume_fold(fold, w_smem, x_smem, full, empty, TOKENS, DEPTH, STAGES, 2 if GATED else 1, PARTS, M, PDL)
     else:
-        consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, program, count, out_dim, steps,
-                out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, PARTS, PDL)  # fmt: skip
+        consume(out, workspace, arrivals, counts, norm, w_smem, x_smem, full, empty, program, count, out_dim, steps,
+                out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LEAVES, NORMED, PARTS, PDL)  # fmt: skip
 
 
 @gluon.jit
@@ -151,10 +159,6 @@ def _produce_lora(w_desc, x_desc, adapters, fold, w_smem, x_smem, full, empty, o
     else:
         produce(w_desc, x_desc, adapters, w_smem, x_smem, full, empty, program, out_dim, steps,
                 ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, PARTS, PDL)  # fmt: skip
-
-
-def _tokens(rows: int) -> int:
-    return max(8, 1 << (rows - 1).bit_length())
 
 
 def _registers(sums: int, splits: int, *, alone: bool) -> int:
@@ -195,7 +199,7 @@ def choose_cut(
     """Rows of W in a tile (of each matrix), tiles and stages of the ring, parts along `in`. A W of few tiles is parted
     until every multiprocessor has a program, whose ring fills its memory unless `many` blocks of adapters' ranks are
     read beside; else two programs share a multiprocessor. From 64 rows on parts cost more, the more to be added up."""
-    tokens, matrices, tiles = _tokens(rows), 2 if gated else 1, cdiv(out_dim, 64)
+    tokens, matrices, tiles = padded_rows(rows), 2 if gated else 1, cdiv(out_dim, 64)
     least = 8192 if tokens >= 64 and adapters else 2048
     splits = 1
     while not gated and splits < 4 and tiles * splits * 2 <= _PROGRAMS and in_dim >= least * splits:
@@ -219,13 +223,21 @@ def skinny_linear_hopper(
     arrivals: Tensor | None = None,
     cut: dict[str, int] | None = None,
     lora: Folded | None = None,
+    leaves: tuple[Tensor, Ahead] | None = None,
+    normed: tuple[Ahead, Tensor] | None = None,
 ) -> Tensor:
     """x Wᵀ where `takes` allows it, plus what adapters add where `takes_lora` does. arrivals: int32 zeros, one a tile
-    of W or more, of which kernels on one stream may share one tensor; without it `in` is not parted."""
+    of W or more, of which kernels on one stream may share one tensor; without it `in` is not parted.
+
+    See skinny.ahead: leaves: (g [out], what is filled, of the residual). normed: (what was left, whose `scaled` x is;
+    eps []).
+    """
+    assert leaves is None or residual is not None, "what is left is of a residual"
+    assert normed is None or normed[0].scaled is x, "x is what was left"
     rows, in_dim = x.shape
     out_dim = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(rows, out_dim) if residual is None else residual
-    tokens = _tokens(rows)
+    tokens = padded_rows(rows)
     many = lora is not None and lora.many
     cut = cut or choose_cut(rows, out_dim, in_dim, gated, adapters=lora is not None, many=many)
     splits = 1 if arrivals is None else cut["SPLITS"]
@@ -237,10 +249,11 @@ def skinny_linear_hopper(
     overlap, sums = overlaps(x), cut["ROWS"] * tokens * (2 if gated else 1)
     arguments = (
         w_desc, x_desc, out, workspace, out if arrivals is None else arrivals, rows, out_dim,
-        cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits), out.stride(0),
+        cdiv(in_dim, _WIDTH * cut["DEPTH"] * splits), out.stride(0), *_norm_arguments(out, leaves, normed),
     )  # fmt: skip
     constants = {
-        **cut, "TOKENS": tokens, "SPLITS": splits, "GATED": gated, "RESIDUAL": residual is not None, "PDL": overlap,
+        **cut, "TOKENS": tokens, "SPLITS": splits, "GATED": gated, "RESIDUAL": residual is not None,
+        "LEAVES": leaves is not None, "NORMED": normed is not None, "PDL": overlap,
         "num_warps": 4, "maxnreg": _registers(sums, splits, alone=_fills(out_dim, gated, many=many)),
     }  # fmt: skip
     if overlap:
@@ -258,6 +271,17 @@ def skinny_linear_hopper(
         cdiv(in_dim, _WIDTH * cut["DEPTH"] * fold_parts), **constants,
     )  # fmt: skip
     return out
+
+
+def _norm_arguments(
+    unused: Tensor, leaves: tuple[Tensor, Ahead] | None, normed: tuple[Ahead, Tensor] | None
+) -> tuple[Tensor | int, ...]:
+    """What the kernels take of the norms around a product: g, scaled, squares, eps, tiles and columns of what is
+    normed."""
+    gain, ahead = leaves or (unused, Ahead(unused, unused))
+    if normed is None:
+        return gain, *ahead, unused, 0, 0
+    return gain, *normed[0], normed[1], normed[0].squares.shape[0], normed[0].scaled.shape[1]
 
 
 def _choose_fold(

@@ -2,6 +2,9 @@
 
 A stage of the ring holds DEPTH tiles along `in`: of W [ROWS, 64] (gated: of Wg, then of Wu) and of x [TOKENS, 64]. Its
 barrier `full` counts the bytes that came, `empty` says that they were used.
+
+A product that LEAVES something for the norm behind it does so as it stores its tile; one that is NORMED takes what was
+left, and multiplies its sums by the norm's factor (see skinny.ahead).
 """
 
 from __future__ import annotations
@@ -142,19 +145,49 @@ def _add_adapters(w_smem, x_smem, full, empty, first, second, steps, more, DEPTH
 
 
 @gluon.jit
-def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, program, count, out_dim, steps, out_stride,
-            ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-            GATED: gl.constexpr, RESIDUAL: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
-    """The computing warps: sums [ROWS, TOKENS] of W xᵀ, then what follows on them."""
+def _factors(norm, TOKENS: gl.constexpr, WANTED: gl.constexpr):
+    """rsqrt(mean(h²) + eps) of each row [TOKENS], from the sums of squares that the tiles before left."""
+    LOADED: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+    _, _, squares, eps, tiles, size = norm
+    tile = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, LOADED)), 1)
+    token = gl.expand_dims(gl.arange(0, TOKENS, gl.SliceLayout(0, LOADED)), 0)
+    total = gl.zeros([TOKENS], gl.float32, gl.SliceLayout(0, LOADED))
+    for first in range(0, tiles, 64):
+        some = gl.load(squares + (first + tile) * TOKENS + token, mask=first + tile < tiles, other=0.0)
+        total += gl.sum(some, 0)
+    factors = 1.0 / gl.sqrt(total / size + gl.load(eps))
+    return gl.convert_layout(factors, gl.SliceLayout(0, WANTED))
+
+
+@gluon.jit
+def _leave(norm, y, inside, n, token, tile, out_dim, TOKENS: gl.constexpr, STORED: gl.constexpr):
+    """Of rows y [ROWS, TOKENS], as they were stored: y * g, and the sums of their squares."""
+    gain, scaled, squares, _, _, _ = norm
+    value = gl.where(inside, y.to(gl.float32), 0.0)
+    weight = gl.load(gain + n, mask=n < out_dim, other=0.0).to(gl.float32)
+    gl.store(scaled + token * out_dim + n, (value * weight).to(scaled.dtype.element_ty), mask=inside)
+    at = tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, STORED))
+    gl.store(squares + at, gl.sum(value * value, 0))
+
+
+@gluon.jit
+def consume(out, workspace, arrivals, counts, norm, w_smem, x_smem, full, empty, program, count, out_dim, steps,
+            out_stride, ROWS: gl.constexpr, TOKENS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+            SPLITS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, LEAVES: gl.constexpr,
+            NORMED: gl.constexpr, PARTS: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
+    """The computing warps: sums [ROWS, TOKENS] of W xᵀ, then what follows on them. norm: (g, h * g, sums of squares,
+    eps, tiles and columns of h); those used that LEAVES or NORMED needs."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     # A thread stores 4 neighbours of one row of y, 16 threads 128 bytes.
     STORED: gl.constexpr = gl.BlockedLayout([4, 1], [16, 2], [1, 4], [0, 1])
     first = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
     second = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
+    if PDL and (PARTS > 0 or NORMED):
+        tl.extra.cuda.gdc_wait()
     if PARTS > 0:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
         _, more = adapter_steps(counts, program, DEPTH, SPLITS, GATED)
+    if NORMED:
+        factors = _factors(norm, TOKENS, SUMS if GATED else STORED)
     mbarrier.wait(full.index(0), 0)
     first, second = _multiply(w_smem, x_smem, 0, first, second, DEPTH, STAGES, GATED)
     for step in range(1, steps):
@@ -167,6 +200,8 @@ def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, progr
     else:
         y, up = _finish(first, second, GATED)
     if GATED:
+        if NORMED:
+            y, up = y * gl.expand_dims(factors, 0), up * gl.expand_dims(factors, 0)
         y = y / (1.0 + gl.exp(-y)) * up
     y = gl.convert_layout(y, STORED)
     tile = program // SPLITS
@@ -180,7 +215,12 @@ def consume(out, workspace, arrivals, counts, w_smem, x_smem, full, empty, progr
         at = token * out_dim + n
         y, stores = _add_parts(y, workspace, arrivals + tile, inside, at, count * out_dim, program, SPLITS)
     if stores:
+        if NORMED and not GATED:
+            y *= gl.expand_dims(factors, 0)
         place = out + token * out_stride + n
         if RESIDUAL:
             y += gl.load(place, mask=inside, other=0.0).to(gl.float32)
-        gl.store(place, y.to(out.dtype.element_ty), mask=inside)
+        stored = y.to(out.dtype.element_ty)
+        gl.store(place, stored, mask=inside)
+        if LEAVES:
+            _leave(norm, stored, inside, n, token, tile, out_dim, TOKENS, STORED)

@@ -12,8 +12,8 @@ predecessor still runs (programmatic dependent launch) and loads its first part 
 predecessor, whose results are all it depends on. Hence the rule: W must not have been written in the same step.
 
 One row is a matrix-vector product of fp32 multiplications; more rows, or one with adapters, go through Hopper's tensor
-cores (skinny.hopper), with the norm as a kernel of its own. Sums are fp32 in a fixed order. W in one byte an element:
-skinny.quantised.
+cores (skinny.hopper), with the norm as a kernel of its own, or shared with the product before (skinny.ahead). Sums are
+fp32 in a fixed order. W in one byte an element: skinny.quantised.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from specserve_kernels.lora.grouped import SlotFactors
 from specserve_kernels.norm import rms_norm, rms_norm_ref
 from specserve_kernels.overlap import overlaps, wait
 from specserve_kernels.skinny import hopper as skinny_hopper
+from specserve_kernels.skinny.ahead import Ahead, empty_ahead, factors_ref, leave_ref
 
 
 @triton.jit
@@ -139,6 +140,8 @@ MAX_ROWS = skinny_hopper.MOST_ROWS
 """Beyond so many rows the library's product is the better one …"""
 _MAX_ROWS_OF_LARGE, _LARGE = 32, 32768
 """… beyond so many already where W has more outputs than that: a vocabulary's."""
+MOST_AHEAD = 64
+"""With more rows the sums of squares, which each program adds up, cost more than a kernel for the norm."""
 _MAX_TILES = 4096  # of 64 rows of W: more than any vocabulary has
 
 
@@ -174,6 +177,56 @@ def skinny_linear(
     if not skinny_hopper.takes(x, weight):
         return skinny_linear_ref(x, weight, residual, None, gated)
     return skinny_hopper.skinny_linear_hopper(x, weight, residual, gated, arrivals)
+
+
+def add_skinny_linear(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    *,
+    arrivals: Tensor | None = None,
+    lora: Folded | None = None,
+) -> Ahead:
+    """residual [rows, out] += x Wᵀ, in place; what that leaves for a norm with weight `gain` [out]. Where
+    `leaves_ahead`."""
+    if backend(x, _IMPLEMENTATIONS) == "torch":
+        assert lora is None, "adapters within a product are a GPU's"
+        return leave_ref(residual.addmm_(x, weight.t()), gain)
+    ahead = empty_ahead(residual)
+    skinny_hopper.skinny_linear_hopper(x, weight, residual, False, arrivals, lora=lora, leaves=(gain, ahead))
+    return ahead
+
+
+def skinny_linear_ahead(
+    ahead: Ahead,
+    eps: Tensor,
+    weight: Tensor,
+    *,
+    gated: bool = False,
+    arrivals: Tensor | None = None,
+    lora: Folded | None = None,
+) -> Tensor:
+    """`skinny_linear` of what `ahead` was left of, normed. lora: of ahead.scaled. Where `takes_ahead`."""
+    if backend(ahead.scaled, _IMPLEMENTATIONS) == "torch":
+        assert lora is None, "adapters within a product are a GPU's"
+        y = torch.mm(ahead.scaled, weight.t()) * factors_ref(ahead, eps).to(weight.dtype)
+        return silu_mul_ref(y) if gated else y
+    return skinny_hopper.skinny_linear_hopper(
+        ahead.scaled, weight, None, gated, arrivals, lora=lora, normed=(ahead, eps)
+    )
+
+
+def leaves_ahead(x: Tensor, weight: Tensor, lora: Folded | None) -> bool:
+    """Whether `add_skinny_linear` is for x [rows, in] and weight: not for one row, whose kernel norms x itself, unless
+    it has adapters; nor in float16, where h * g might overflow."""
+    few = (lora is not None or x.shape[0] > 1) and x.shape[0] <= MOST_AHEAD
+    return few and x.dtype == torch.bfloat16 and is_skinny(x) and skinny_hopper.takes(x, weight)
+
+
+def takes_ahead(ahead: Ahead, weight: Tensor) -> bool:
+    """Whether `skinny_linear_ahead` is for such a weight."""
+    return is_skinny(ahead.scaled) and skinny_hopper.takes(ahead.scaled, weight)
 
 
 def arrivals(device: torch.device) -> Tensor:
