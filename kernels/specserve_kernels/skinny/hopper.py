@@ -145,7 +145,8 @@ def _consume_lora(out, workspace, arrivals, norm, fold, w_smem, x_smem, full, em
         consume_fold(fold, w_smem, x_smem, full, empty, TOKENS, DEPTH, STAGES, 2 if GATED else 1, PARTS, M, PDL)
     else:
         consume(out, workspace, arrivals, counts, norm, w_smem, x_smem, full, empty, program, count, out_dim, steps,
-                out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LEAVES, NORMED, PARTS, PDL)  # fmt: skip
+                out_stride, ROWS, TOKENS, DEPTH, STAGES, SPLITS, GATED, RESIDUAL, LEAVES, NORMED, PARTS,
+                PDL)  # fmt: skip
 
 
 @gluon.jit

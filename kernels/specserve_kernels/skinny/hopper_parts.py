@@ -145,6 +145,24 @@ def _add_adapters(w_smem, x_smem, full, empty, first, second, steps, more, DEPTH
 
 
 @gluon.jit
+def _sums(w_smem, x_smem, full, empty, first, second, steps, more, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+          GATED: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+    """first and second plus all products of W's `steps` and the `more` of adapters behind them."""
+    mbarrier.wait(full.index(0), 0)
+    first, second = _multiply(w_smem, x_smem, 0, first, second, DEPTH, STAGES, GATED)
+    for step in range(1, steps):
+        mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+        one, two = _finish(first, second, GATED)
+        mbarrier.arrive(empty.index((step - 1) % STAGES))
+        first, second = _multiply(w_smem, x_smem, step, one, two, DEPTH, STAGES, GATED)
+    if PARTS > 0:
+        y, up = _add_adapters(w_smem, x_smem, full, empty, first, second, steps, more, DEPTH, STAGES, GATED)
+    else:
+        y, up = _finish(first, second, GATED)
+    return y, up
+
+
+@gluon.jit
 def _factors(norm, TOKENS: gl.constexpr, WANTED: gl.constexpr):
     """rsqrt(mean(h²) + eps) of each row [TOKENS], from the sums of squares that the tiles before left."""
     LOADED: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
@@ -184,21 +202,10 @@ def consume(out, workspace, arrivals, counts, norm, w_smem, x_smem, full, empty,
     second = gl.zeros([ROWS, TOKENS], gl.float32, SUMS)
     if PDL and (PARTS > 0 or NORMED):
         tl.extra.cuda.gdc_wait()
-    if PARTS > 0:
-        _, more = adapter_steps(counts, program, DEPTH, SPLITS, GATED)
+    more = adapter_steps(counts, program, DEPTH, SPLITS, GATED)[1] if PARTS > 0 else 0
     if NORMED:
         factors = _factors(norm, TOKENS, SUMS if GATED else STORED)
-    mbarrier.wait(full.index(0), 0)
-    first, second = _multiply(w_smem, x_smem, 0, first, second, DEPTH, STAGES, GATED)
-    for step in range(1, steps):
-        mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
-        one, two = _finish(first, second, GATED)
-        mbarrier.arrive(empty.index((step - 1) % STAGES))
-        first, second = _multiply(w_smem, x_smem, step, one, two, DEPTH, STAGES, GATED)
-    if PARTS > 0:
-        y, up = _add_adapters(w_smem, x_smem, full, empty, first, second, steps, more, DEPTH, STAGES, GATED)
-    else:
-        y, up = _finish(first, second, GATED)
+    y, up = _sums(w_smem, x_smem, full, empty, first, second, steps, more, DEPTH, STAGES, GATED, PARTS)
     if GATED:
         if NORMED:
             y, up = y * gl.expand_dims(factors, 0), up * gl.expand_dims(factors, 0)
