@@ -136,7 +136,22 @@ def expected(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, factors: SlotFactors, ranks: torch.Tensor,
     row_slots: torch.Tensor, row_weights: torch.Tensor, gated: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Product, then adapters, then what follows, in float64; what x is shrunk to is rounded, as the kernel must."""
+    """Product, then adapters, then what follows, in float64."""
+    y = summed(x, weight, factors, ranks, row_slots, row_weights)
+    y = gate_of(y) if gated else y
+    return (y if residual is None else y + residual.double()).to(x.dtype)
+
+
+def gate_of(y: torch.Tensor) -> torch.Tensor:
+    gate, up = y.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def summed(
+    x: torch.Tensor, weight: torch.Tensor, factors: SlotFactors, ranks: torch.Tensor, row_slots: torch.Tensor,
+    row_weights: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """x Wᵀ and what adapters add, float64; what x is shrunk to is rounded, as the kernel must."""
     y = x.double() @ weight.double().t()
     starts = [0, *itertools.accumulate(factors.widths)]
     stride, parts = factors.b.shape[0] // len(ranks), len(factors.widths)
@@ -148,10 +163,7 @@ def expected(
                 shrunk = factors.a[first : first + ranks[slot]].double() @ x[row].double() * share
                 b = factors.b[slot * stride : slot * stride + ranks[slot], columns].double()
                 y[row, columns] += shrunk.to(x.dtype).double() @ b
-    if gated:
-        gate, up = y.chunk(2, dim=1)
-        y = torch.nn.functional.silu(gate) * up
-    return (y if residual is None else y + residual.double()).to(x.dtype)
+    return y
 
 
 def test_adapters_are_added_apart_where_the_product_does_not_take_them(device: torch.device) -> None:
@@ -200,19 +212,13 @@ def test_a_norm_between_two_products_on_hopper(
         skinny_linear_ahead(ahead, eps, second, gated=gated, arrivals=arrivals, lora=fold(of_second, ahead.scaled))
         for _ in range(2)
     )
-    normed = ahead.scaled.double() * factors_ref(left, eps.double())  # what was left is rounded, as a norm's result is
+    # What was left is rounded, as a norm's result is, and so is what it is shrunk to.
     none = torch.full_like(row_slots, -1)
-    want = expected_of(normed, second, of_second, row_slots if adapters else none, row_weights, gated)
-    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+    sums = summed(ahead.scaled, second, *of_second, row_slots if adapters else none, row_weights)
+    sums *= factors_ref(left, eps.double())
+    want = gate_of(sums) if gated else sums
+    torch.testing.assert_close(got, want.to(got.dtype), rtol=rtol, atol=atol)
     assert torch.equal(got, again)
-
-
-def expected_of(
-    normed: torch.Tensor, weight: torch.Tensor, given: tuple[SlotFactors, torch.Tensor], row_slots: torch.Tensor,
-    row_weights: torch.Tensor, gated: bool,
-) -> torch.Tensor:  # fmt: skip
-    """`expected` of an x that is wide already: nothing is rounded on the way."""
-    return expected(normed, weight, None, *given, row_slots, row_weights, int(gated)).to(weight.dtype)
 
 
 def test_what_is_left_for_a_norm_is_what_it_needs() -> None:
