@@ -179,7 +179,7 @@ def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
 @lru_cache(maxsize=1024)
 def _column_constants(traits: _Traits) -> tuple[int, int, Mapping[str, object]]:
     """(columns at once, how often in a program, the kernel's constants)."""
-    columns, loops = (32, 1) if traits.dense else (64, 1 if traits.mixed else 4)
+    columns, loops = 64, 1 if traits.dense or traits.mixed else 4
     return columns, loops, _common_constants(traits, 64) | {"COLUMNS": columns, "LOOPS": loops}
 
 
