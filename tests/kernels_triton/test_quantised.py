@@ -14,8 +14,8 @@ from specserve_kernels.language import tl, triton
 from specserve_kernels.skinny.codes import Coded, Kind, decode_ref, decode_triton, empty_coded, encode
 from specserve_kernels.skinny.linear import skinny_linear_ref
 from specserve_kernels.skinny.quantised import quantised_one_row_triton
-from specserve_kernels.skinny.quantised_rows import choose_cut, choose_words_cut, quantised_rows_triton
-from specserve_kernels.skinny.quantised_words import widen
+from specserve_kernels.skinny.quantised_rows import choose_cut, quantised_rows_triton
+from specserve_kernels.skinny.quantised_words import choose_splits, quantised_words_triton, takes_words, widen
 from specserve_kernels.tolerances import MODEL, OP
 
 VARIANTS = [(False, False, False), (True, False, False), (False, True, False), (False, True, True), (True, True, False)]
@@ -59,11 +59,10 @@ def test_every_code_is_widened_exactly(kind: Kind, device: torch.device) -> None
     assert out.isfinite().all()  # what is read beyond a row's end is multiplied by zero
 
 
-# rows, adds, norms, gated; out, in; tiles of W, tiles on their way, warps, parts along `in`
+# rows, adds, gated; out, in; parts along `in` (None: as chosen)
 THROUGH_REGISTERS = [
-    (1, 0, 1, 1, 76, 584, 16, 4, 2, 1), (1, 1, 0, 0, 40, 512, 32, 2, 4, 2), (1, 0, 1, 0, 40, 520, 16, 1, 2, 4),
-    (7, 1, 0, 0, 76, 584, 32, 2, 2, 1), (16, 0, 0, 1, 40, 512, 16, 2, 2, 2), (37, 0, 0, 0, 76, 300, 64, 1, 2, 3),
-    (70, 1, 0, 0, 40, 256, 32, 2, 2, 1),
+    (2, 0, 0, 76, 300, 1), (3, 0, 1, 40, 2088, None), (8, 0, 0, 32, 4096, None), (8, 1, 0, 40, 1024, 1),
+    (5, 0, 1, 80, 2048, 2), (7, 1, 0, 76, 584, 4), (8, 0, 1, 40, 1160, 3), (6, 1, 0, 33, 520, 8),
 ]  # fmt: skip
 
 
@@ -72,28 +71,33 @@ THROUGH_REGISTERS = [
 def test_codes_through_registers(kind: Kind, case: tuple[int, ...], device: torch.device) -> None:
     """Rows and columns that fill no tile, parts that get nothing, parts of full tiles, x and the residual as views."""
     torch.manual_seed(3)
-    rows, adds, norms, gated, out_dim, in_dim, wide, ahead, warps, splits = case
+    rows, adds, gated, out_dim, in_dim, splits = case
     x = made(rows + 2, in_dim + 8, dtype=torch.bfloat16, device=device)[1 : rows + 1, :in_dim]
     weight = coded(kind, out_dim, in_dim, device)
     residual = made(rows, out_dim + 8, dtype=x.dtype, device=device)[:, :-8] if adds else None
-    norm = (made(in_dim, dtype=x.dtype, device=device), torch.tensor(1e-5, device=device)) if norms else None
-    wide_norm = None if norm is None else (norm[0].double(), norm[1].double())
     more = None if residual is None else residual.double()
-    expected = skinny_linear_ref(x.double(), decode_ref(weight, torch.float64), more, wide_norm, bool(gated))
+    expected = skinny_linear_ref(x.double(), decode_ref(weight, torch.float64), more, None, bool(gated))
     arrivals = torch.zeros(64, dtype=torch.int32, device=device)
-    cut = {**choose_words_cut(rows, out_dim, in_dim, wide, ahead, warps), "SPLITS": splits}
 
     def run(first: int) -> torch.Tensor:
         mine = None if residual is None else residual[first:].clone()
-        return quantised_rows_triton(x[first:], weight, mine, bool(gated), arrivals, cut, norm)
+        return quantised_words_triton(x[first:], weight, mine, bool(gated), arrivals, splits)
 
     got = run(0)
     rtol, atol = OP[x.dtype]
     torch.testing.assert_close(got, expected.to(x.dtype), rtol=rtol, atol=atol)
     assert not arrivals.any()
     assert torch.equal(run(0), got)
-    if rows > 1:
-        assert torch.equal(run(1), got[1:])  # a row does not depend on the others
+    assert torch.equal(run(1), got[1:])  # a row does not depend on the others
+
+
+@pytest.mark.usefixtures("device")
+def test_what_goes_through_registers() -> None:
+    """Few rows of bfloat16; parts of 1024 columns or more, and no more of them than keep a GPU busy."""
+    assert takes_words(torch.empty(8, 64, dtype=torch.bfloat16))
+    for rows, in_dim, dtype in ((9, 64, torch.bfloat16), (8, 66, torch.bfloat16), (8, 64, torch.float32)):
+        assert not takes_words(torch.empty(rows, in_dim, dtype=dtype))
+    assert [choose_splits(*shape) for shape in ((3072, 2048), (2048, 8192), (16384, 2048), (64, 16384))] == [2, 8, 1, 8]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +154,7 @@ def test_float32(device: torch.device) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9])
 def test_a_storage_multiplies_as_a_plain_one_of_the_decoded_weights(
     kind: Kind, bias: bool, rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

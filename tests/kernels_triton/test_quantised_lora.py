@@ -14,7 +14,7 @@ from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora
 from specserve_kernels.skinny.codes import Coded, Kind, decode_ref, empty_coded, encode
 from specserve_kernels.skinny.quantised_lora import choose_cut, choose_fold, fits, quantised_lora_triton
-from specserve_kernels.skinny.quantised_rows import choose_words_cut, quantised_rows_triton
+from specserve_kernels.skinny.quantised_rows import quantised_rows_triton
 from specserve_kernels.tolerances import OP
 
 RANKS = [0, 16, 5, 33, 64, 8, 40, 17]
@@ -103,12 +103,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("rows", "per_row", "splits", "variant", "ahead"),
-    [(*case, 0) for case in CASES] + [(*case, 2) for case in CASES[:9]],
-)
+@pytest.mark.parametrize(("rows", "per_row", "splits", "variant"), CASES)
 def test_adapters_within_the_product(
-    rows: int, per_row: int, splits: int, variant: tuple[tuple[int, ...], int, int], ahead: int, device: torch.device
+    rows: int, per_row: int, splits: int, variant: tuple[tuple[int, ...], int, int], device: torch.device
 ) -> None:
     """Also parts of W with nothing to multiply; then again, and rows alone."""
     widths, adds, gated = variant
@@ -116,9 +113,6 @@ def test_adapters_within_the_product(
                    device=device)  # fmt: skip
     arrivals = torch.zeros(64, dtype=torch.int32, device=device)
     cut = {**choose_cut(rows, sum(widths), 600), "SPLITS": splits}
-    if ahead:  # W through registers, in narrow tiles and in wide ones
-        words = choose_words_cut(rows, sum(widths), 600, 64 if rows == 7 else 16 if rows == 1 else 32, ahead, 4)
-        cut = {**words, "TOKENS": cut["TOKENS"], "SPLITS": splits}
 
     def product(named: torch.Tensor) -> torch.Tensor:
         lora = case.adapters(named)

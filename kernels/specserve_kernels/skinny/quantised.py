@@ -8,9 +8,10 @@
 
 Only weights are quantised: x keeps its dtype, codes are widened to it in registers, which is exact, sums are fp32 and
 take their scale at the end. So a row's result does not depend on how many there are, except for rounding. One row goes
-through skinny.linear's kernel, up to MAX_ROWS through quantised_rows, with the norm as a kernel of its own, a few with
-adapters through quantised_lora; more rows multiply by the decoded matrix, with the library: what decoding costs (five
-bytes moved an element) is then little beside the product.
+through skinny.linear's kernel, up to eight of bfloat16 through quantised_words, others up to MAX_ROWS through
+quantised_rows, with the norm as a kernel of its own, a few with adapters through quantised_lora; more rows multiply by
+the decoded matrix, with the library: what decoding costs (five bytes moved an element) is then little beside the
+product.
 
 On a CPU, int8 and few rows of float32 take torch's weight-only product, which rounds x and y to bfloat16.
 """
@@ -33,39 +34,28 @@ from specserve_kernels.skinny.codes import Coded, decode
 from specserve_kernels.skinny.linear import Cut, Norm, one_row_kernel, skinny_linear_ref
 from specserve_kernels.skinny.quantised_lora import fits, quantised_lora_triton
 from specserve_kernels.skinny.quantised_rows import quantised_rows_triton
+from specserve_kernels.skinny.quantised_words import quantised_words_triton, takes_words
 
 MAX_ROWS = 512
 """Beyond so many rows the library's product, of the decoded matrix, is the better one."""
 MAX_CPU_ROWS = 32
 """Beyond so many rows decoding and multiplying in float32 is faster than torch's weight-only int8 product."""
+ONE_ROW_CUT: Cut = {"BN": 4, "BK": 1024, "stages": 2, "warps": 4}
+"""Of any matrix, for one row."""
 
 
 def quantised_linear_ref(x: Tensor, weight: Coded, residual: Tensor | None, norm: Norm | None, gated: bool) -> Tensor:
     return skinny_linear_ref(x, decode(weight, x.dtype), residual, norm, gated)
 
 
-def choose_cut(out_dim: int) -> Cut:
-    """The cut for one row and codes [out, in]: as many bytes at once as bfloat16 weights would be."""
-    return {"BN": 8, "BK": 1024 if out_dim > 4096 else 512, "stages": 2, "warps": 4 if out_dim > 4096 else 2}
-
-
 def quantised_one_row_triton(
-    x: Tensor,
-    weight: Coded,
-    residual: Tensor | None,
-    norm: Norm | None,
-    gated: bool,
-    cut: Cut | None = None,
-    arrivals: Tensor | None = None,
+    x: Tensor, weight: Coded, residual: Tensor | None, norm: Norm | None, gated: bool
 ) -> Tensor:
-    """x: [1, in]. A cut with AHEAD goes through quantised_rows' kernel."""
+    """x: [1, in]."""
     codes, scales = weight
     (rows, in_dim), out_dim = x.shape, codes.shape[0] // 2 if gated else codes.shape[0]
     assert rows == 1, rows
-    cut = choose_cut(codes.shape[0]) if cut is None else cut
-    if cut.get("AHEAD", 0):
-        return quantised_rows_triton(x, weight, residual, gated, arrivals, cut, norm)
-    out = x.new_empty(1, out_dim) if residual is None else residual
+    out, cut = x.new_empty(1, out_dim) if residual is None else residual, ONE_ROW_CUT
     overlap = overlaps(x)
     gain, eps = (x, x) if norm is None else norm
     one_row_kernel[(cdiv(codes.shape[0], cut["BN"]),)](
@@ -109,9 +99,10 @@ def quantised_linear(
         return quantised_lora_triton(x, weight, lora, residual, gated, arrivals)
     if backend(x, _IMPLEMENTATIONS) == "triton" and x.shape[0] <= MAX_ROWS:
         if x.shape[0] == 1:
-            return quantised_one_row_triton(x, weight, residual, norm, gated, arrivals=arrivals)
+            return quantised_one_row_triton(x, weight, residual, norm, gated)
         x = x if norm is None else rms_norm(x, *norm)
-        return quantised_rows_triton(x, weight, residual, gated, arrivals)
+        multiply = quantised_words_triton if takes_words(x) else quantised_rows_triton
+        return multiply(x, weight, residual, gated, arrivals)
     x = x if norm is None else rms_norm(x, *norm)
     if suits_cpu(x, weight):
         y = int8_cpu(x, weight)

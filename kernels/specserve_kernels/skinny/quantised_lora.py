@@ -27,15 +27,7 @@ from specserve_kernels.overlap import overlaps, wait
 from specserve_kernels.skinny import quantised_rows
 from specserve_kernels.skinny.codes import Coded
 from specserve_kernels.skinny.linear import Cut, weight_rows
-from specserve_kernels.skinny.quantised_rows import (
-    add_parts,
-    first_codes,
-    multiply,
-    part_of,
-    words_constants,
-    write,
-)
-from specserve_kernels.skinny.quantised_words import multiply_words, tile_index, words_ahead
+from specserve_kernels.skinny.quantised_rows import add_parts, first_codes, multiply, part_of, write
 
 MOST_ROWS = 64
 """Rows up to which these products take adapters."""
@@ -96,30 +88,20 @@ def _product(
     count, in_dim, out_dim, x_stride, out_stride, parts_stride, rank_stride, s_stride, second, third, fourth,
     BN: tl.constexpr, BK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-    WAYS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """quantised_rows' program for one tile of x, and the adapters' share. AHEAD: W through registers."""
+    """quantised_rows' program for one tile of x, and the adapters' share."""
     COLUMNS: tl.constexpr = BN // 2 if GATED else BN
     tile, part = program // SPLITS, program % SPLITS
     rows, token = weight_rows(tl.arange(0, BN), tile, out_dim, BN, GATED), tl.arange(0, TOKENS)
-    begin, end = part_of(part, in_dim, WAYS * 64 if AHEAD else BK, SPLITS)
-    if AHEAD:
-        word_rows = weight_rows(tile_index(BN), tile, out_dim, BN, GATED)
-        words = words_ahead(w, word_rows, begin, end, in_dim, WAYS, AHEAD)
-    else:
-        codes = first_codes(w, rows, begin, end, in_dim, BK)
+    begin, end = part_of(part, in_dim, BK, SPLITS)
+    codes = first_codes(w, rows, begin, end, in_dim, BK)
     scale = tl.load(scales + rows)
     live = tl.load(counts)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (column < out_dim) & (part == SPLITS - 1)
     b_first, b_second = _first_b(b, blocks, live, column, inside, rank_stride, out_dim, GATED)
     wait(PDL)
-    if AHEAD:
-        y = multiply_words(words, x, x, w, word_rows, 0, begin, end, count, in_dim, x_stride, BN, TOKENS, WAYS, AHEAD,
-                           False, EVEN, FP8, NATIVE)  # fmt: skip
-    else:
-        y = multiply(codes, x, w, rows, token, begin, end, count, in_dim, x_stride, BK, STAGES, "tf32")
-    y *= scale[:, None]
+    y = multiply(codes, x, w, rows, token, begin, end, count, in_dim, x_stride, BK, STAGES, "tf32") * scale[:, None]
     if part == SPLITS - 1:
         _wait_for(ready, tl.cdiv(live, 4) * PARTS)
         at = tile * COLUMNS
@@ -143,7 +125,6 @@ def _rows_lora_kernel(
     BN: tl.constexpr, BK: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, CUTS: tl.constexpr,
     DEPTH: tl.constexpr, CHUNKS: tl.constexpr, FOLD_STAGES: tl.constexpr, PDL: tl.constexpr,
-    WAYS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """The first lanes * CUTS programs compute s, the others are those of the product. fold_stride: fp32 of a part of
     s, as parts_stride of y."""
@@ -156,8 +137,7 @@ def _rows_lora_kernel(
         _product(x, w, scales, out, workspace, arrivals, b, s, ready, token_slots, counts, blocks,
                  program - lanes * CUTS, count, in_dim, out_dim, x_stride, out_stride, parts_stride, rank_stride,
                  s_stride, second, third, fourth,
-                 BN, BK, TOKENS, SPLITS, STAGES, GATED, RESIDUAL, M, PARTS, PDL,
-                 WAYS, AHEAD, EVEN, FP8, NATIVE)  # fmt: skip
+                 BN, BK, TOKENS, SPLITS, STAGES, GATED, RESIDUAL, M, PARTS, PDL)  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -220,7 +200,7 @@ def quantised_lora_triton(
     fold_part = tokens * per_row * parts * lora.rank_stride
     partial = scales.new_empty(fold["CUTS"] * fold_part)
     starts = [*accumulate(lora.widths[:-1]), out_dim, out_dim, out_dim][:3]
-    overlap, registers = overlaps(x), cut.get("registers", _registers(tokens, fold["CHUNKS"]))
+    overlap = overlaps(x)
     _rows_lora_kernel[(lanes * fold["CUTS"] + programs * splits,)](
         x, codes, scales, out, workspace, scales if arrivals is None else arrivals, lora.a, lora.b, s, partial,
         lora.arrivals, lora.ready, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
@@ -228,7 +208,7 @@ def quantised_lora_triton(
         lanes, *starts,
         BN=cut["BN"], BK=cut["BK"], TOKENS=tokens, SPLITS=splits, STAGES=cut["STAGES"], GATED=gated,
         RESIDUAL=residual is not None, M=per_row, PARTS=parts, **fold, PDL=overlap,
-        **words_constants(x, weight, cut, splits), num_warps=cut["warps"],
-        **({"launch_pdl": True, "maxnreg": registers} if overlap else {}),
+        num_warps=cut["warps"],
+        **({"launch_pdl": True, "maxnreg": _registers(tokens, fold["CHUNKS"])} if overlap else {}),
     )  # fmt: skip
     return out

@@ -20,15 +20,9 @@ from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
 from specserve_kernels.skinny.codes import Coded
-from specserve_kernels.skinny.linear import Cut, Norm, weight_rows
-from specserve_kernels.skinny.quantised_words import (
-    multiply_words,
-    norm_factor,
-    tile_index,
-    words_ahead,
-)
+from specserve_kernels.skinny.linear import Cut, weight_rows
 
-_PROGRAMS = 132  # multiprocessors
+MULTIPROCESSORS = 132
 
 
 @triton.jit
@@ -99,42 +93,18 @@ def write(y, out, tile, token, count, out_dim, out_stride,
 
 
 @triton.jit
-def _finish(sums, out, workspace, arrivals, tile, part, token, count, out_dim, out_stride, parts_stride,
-            SPLITS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
-    """Write a part's sums [BN, TOKENS], or all parts' if it is the last."""
+def finish(sums, scale, out, workspace, arrivals, tile, part, token_tile, token, count, out_dim, out_stride,
+           parts_stride, SPLITS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """Write a part's sums [BN, TOKENS] times W's scales [BN]; of several parts all parts' sum, by the last."""
     BN: tl.constexpr = sums.shape[0]
     TOKENS: tl.constexpr = sums.shape[1]
     last = True
     if SPLITS > 1:
-        place = tl.program_id(1) * (tl.num_programs(0) // SPLITS) + tile
+        place = token_tile * (tl.num_programs(0) // SPLITS) + tile
         share = workspace + place.to(tl.int64) * (BN * TOKENS)
         sums, last = add_parts(sums, share, arrivals + place, part, parts_stride, SPLITS)
     if last:
-        write(sums, out, tile, token, count, out_dim, out_stride, BN, TOKENS, GATED, RESIDUAL)
-
-
-@relaunched
-@triton.jit(do_not_specialize=["count"])
-def _words_kernel(
-    x, w, scales, out, workspace, arrivals, gain, eps, count, in_dim, out_dim, x_stride, out_stride, parts_stride,
-    BN: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, WAYS: tl.constexpr, AHEAD: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr, FP8: tl.constexpr,
-    NATIVE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (p, q), as _rows_kernel's; W through registers (see quantised_words). NORM: of one row."""
-    tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    first = tl.program_id(1) * TOKENS
-    begin, end = part_of(part, in_dim, WAYS * 64, SPLITS)
-    rows = weight_rows(tile_index(BN), tile, out_dim, BN, GATED)
-    words = words_ahead(w, rows, begin, end, in_dim, WAYS, AHEAD)
-    scale = tl.load(scales + weight_rows(tl.arange(0, BN), tile, out_dim, BN, GATED))
-    wait(PDL)
-    sums = multiply_words(words, x, gain, w, rows, first, begin, end, count, in_dim, x_stride, BN, TOKENS, WAYS,
-                          AHEAD, NORM, EVEN, FP8, NATIVE)  # fmt: skip
-    if NORM:
-        scale *= norm_factor(x, eps, in_dim)  # x is near by now
-    _finish(sums * scale[:, None], out, workspace, arrivals, tile, part, first + tl.arange(0, TOKENS), count, out_dim,
-            out_stride, parts_stride, SPLITS, GATED, RESIDUAL)  # fmt: skip
+        write(sums * scale[:, None], out, tile, token, count, out_dim, out_stride, BN, TOKENS, GATED, RESIDUAL)
 
 
 @relaunched
@@ -153,51 +123,20 @@ def _rows_kernel(
     scale = tl.load(scales + rows)
     wait(PDL)
     sums = multiply(codes, x, w, rows, token, begin, end, count, in_dim, x_stride, BK, STAGES, PRECISION)
-    if SPLITS > 1:
-        place = tl.program_id(1) * (tl.num_programs(0) // SPLITS) + tile
-        share = workspace + place.to(tl.int64) * (BN * TOKENS)
-        sums, last = add_parts(sums, share, arrivals + place, part, parts_stride, SPLITS)
-        if last:
-            write(sums * scale[:, None], out, tile, token, count, out_dim, out_stride, BN, TOKENS, GATED, RESIDUAL)
-    else:
-        write(sums * scale[:, None], out, tile, token, count, out_dim, out_stride, BN, TOKENS, GATED, RESIDUAL)
+    finish(sums, scale, out, workspace, arrivals, tile, part, tl.program_id(1), token, count, out_dim, out_stride,
+           parts_stride, SPLITS, GATED, RESIDUAL)  # fmt: skip
 
 
 def choose_cut(rows: int, out_rows: int, in_dim: int) -> Cut:
     """Rows of W and columns of a tile, rows of x in it, parts along `in`: a W of few tiles is parted until every
     multiprocessor has two programs, of at least 512 bytes a row of W."""
     tokens = min(max(16, power_of_2(rows)), 128)
-    wide = 128 if out_rows > 64 * 4 * _PROGRAMS else 64
+    wide = 128 if out_rows > 64 * 4 * MULTIPROCESSORS else 64
     tiles = cdiv(out_rows, wide) * cdiv(rows, tokens)
     splits = 1
-    while splits < 8 and tiles * splits < 2 * _PROGRAMS and in_dim >= 1024 * splits:
+    while splits < 8 and tiles * splits < 2 * MULTIPROCESSORS and in_dim >= 1024 * splits:
         splits *= 2
     return {"BN": wide, "BK": 128, "TOKENS": tokens, "SPLITS": splits, "STAGES": 4 if tokens < 64 else 3, "warps": 4}
-
-
-def choose_words_cut(rows: int, out_rows: int, in_dim: int, wide: int = 16, ahead: int = 4, warps: int = 8) -> Cut:
-    """A cut that goes through registers, in tiles of `wide` rows of W, `ahead` of them on their way. Parted along `in`
-    until every multiprocessor has 16 warps, as long as a part fills what is on its way at once."""
-    tokens = min(max(8, power_of_2(rows)), 64)
-    tiles, width = cdiv(out_rows, wide) * cdiv(rows, tokens), warps * 64 * ahead
-    splits = 1
-    while splits < 8 and tiles * splits * warps < 16 * _PROGRAMS * 3 // 4 and in_dim >= 2 * splits * width:
-        splits *= 2
-    return {"BN": wide, "BK": 128, "TOKENS": tokens, "SPLITS": splits, "STAGES": 1, "warps": warps, "AHEAD": ahead}
-
-
-def takes_words(x: Tensor, weight: Coded) -> bool:
-    """Whether x and codes suit quantised_words."""
-    return x.dtype == torch.bfloat16 and weight.codes.shape[1] % 4 == 0
-
-
-def words_constants(x: Tensor, weight: Coded, cut: Cut, splits: int) -> dict[str, int]:
-    """quantised_words' constants for a cut; AHEAD 0: of one that does not go through registers."""
-    in_dim, ways, ahead = weight.codes.shape[1], cut["warps"], cut.get("AHEAD", 0)
-    even = ahead > 0 and in_dim % (ways * 64 * ahead * splits) == 0
-    native = x.is_cuda and torch.version.hip is None
-    fp8 = weight.codes.dtype == torch.float8_e4m3fn
-    return {"WAYS": ways, "AHEAD": ahead, "EVEN": even, "FP8": fp8, "NATIVE": native}
 
 
 def quantised_rows_triton(
@@ -207,7 +146,6 @@ def quantised_rows_triton(
     gated: bool = False,
     arrivals: Tensor | None = None,
     cut: Cut | None = None,
-    norm: Norm | None = None,
 ) -> Tensor:
     """x [rows, in] times codes and scales → [rows, out], or onto a residual. arrivals: int32 zeros, one a tile or more,
     of which kernels on one stream may share one tensor; without it `in` is not parted."""
@@ -221,20 +159,6 @@ def quantised_rows_triton(
     assert splits == 1 or (arrivals is not None and arrivals.numel() >= tiles * tokens), (tiles, tokens)
     workspace = scales if splits == 1 else torch.empty(splits * part, dtype=torch.float32, device=x.device)
     overlap = overlaps(x)
-    if cut.get("AHEAD", 0):
-        assert takes_words(x, weight), (x.dtype, weight.codes.shape)
-        assert norm is None or rows == 1, rows
-        gain, eps = (x, x) if norm is None else norm
-        _words_kernel[(tiles * splits, tokens)](
-            x, codes, scales, out, workspace, scales if arrivals is None else arrivals, gain, eps, rows, in_dim,
-            out_dim, x.stride(0), out.stride(0), part,
-            BN=cut["BN"], TOKENS=cut["TOKENS"], SPLITS=splits, NORM=norm is not None, GATED=gated,
-            RESIDUAL=residual is not None, **words_constants(x, weight, cut, splits), PDL=overlap,
-            num_warps=cut["warps"], **({"launch_pdl": True} if overlap else {}),
-            **({"maxnreg": cut["registers"]} if overlap and "registers" in cut else {}),
-        )  # fmt: skip
-        return out
-    assert norm is None
     _rows_kernel[(tiles * splits, tokens)](
         x, codes, scales, out, workspace, scales if arrivals is None else arrivals, rows, in_dim, out_dim,
         x.stride(0), out.stride(0), part,
