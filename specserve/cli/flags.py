@@ -18,7 +18,7 @@ ENGINE_HELP = {
     "proposer": "who drafts: draft_model, ngram, suffix, or two as suffix+draft_model; default: the draft model if any",
     "dtype": "of weights and cache; auto: the model's own",
     "quantization": "of the model's weights, done while loading: one byte each",
-    "draft_quantization": "of the draft model's; auto: fp8 on GPUs that have it, int8 on a CPU where it is faster",
+    "draft_quantization": "of the draft model's; auto: none on a GPU, int8 on a CPU where that measures faster",
     "device": "auto, cpu, cuda, cuda:1, …",
     "seed": "of requests without their own",
     "block_size": "tokens a page of the KV cache",

@@ -1,8 +1,9 @@
-"""Which quantisation "auto" stands for: what makes a draft's decoding fastest where it runs.
+"""Which quantisation "auto" stands for: what makes a draft's decoding faster where it runs, whatever is asked of it.
 
-A GPU reads few rows' weights, and little else: one byte instead of two is most of twice as fast, and fp8 keeps small
-weights small. On a CPU torch's weight-only int8 product beats its float32 one where weights come from memory, and loses
-where they lie in its caches or the processor lacks the instructions: so it is measured.
+On a GPU that is none. Weights of one byte are faster for one stream without companions, and slower with them or for
+many streams (docs/performance.md): who serves the one, or lacks memory, says so. On a CPU torch's weight-only int8
+product beats its float32 one where weights come from memory, and loses where they lie in its caches or the processor
+lacks the instructions: so it is measured.
 """
 
 from __future__ import annotations
@@ -47,10 +48,8 @@ def resolve_quantization(
     """The quantisation asked for; for "auto", the one chosen for a model of that config."""
     if asked != "auto":
         return asked
-    if device.type != "cpu":
-        return "fp8" if has_fp8(device) and dtype in (torch.bfloat16, torch.float16) else "none"
     inputs, outputs = config.hidden_size, min(2 * config.intermediate_size, MOST_OUTPUTS)
-    if dtype != torch.float32 or 4 * inputs * outputs < CACHED_BYTES:
+    if device.type != "cpu" or dtype != torch.float32 or 4 * inputs * outputs < CACHED_BYTES:
         return "none"
     return "int8" if int8_share(inputs, outputs) <= WORTHWHILE else "none"
 

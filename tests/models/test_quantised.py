@@ -124,13 +124,13 @@ def test_the_measurement_compares_both() -> None:
     assert 1.5 < share < 3.0
 
 
-def test_auto_takes_fp8_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    for has, dtype, expected in (
-        (True, torch.bfloat16, "fp8"), (True, torch.float32, "none"), (False, torch.bfloat16, "none"),
-    ):  # fmt: skip
-        monkeypatch.setattr(quantization, "has_fp8", lambda device, has=has: has)
-        assert resolve_quantization("auto", None, dtype, gpu) == expected
+def test_auto_keeps_weights_as_they_are_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "has_fp8", lambda device: True)
+    monkeypatch.setattr(quantization, "int8_share", lambda *shape: 0.1)
+    large = SimpleNamespace(hidden_size=2048, intermediate_size=8192)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert resolve_quantization("auto", large, dtype, torch.device("cuda")) == "none"
+        assert resolve_quantization("fp8", large, dtype, torch.device("cuda")) == "fp8"
 
 
 def test_what_is_impossible_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
