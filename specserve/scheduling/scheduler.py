@@ -85,6 +85,7 @@ class Scheduler:
             if request.status is Status.RUNNING:
                 self._plan_prefill(request, draft) if request.prefilling else self._plan_decode(request, draft)
         self._admit_waiting(draft)
+        draft.arrange()
         if draft.rows or draft.loads:
             self.in_flight.append(draft.rows)
             self.policy.planned(draft.shape())

@@ -64,6 +64,10 @@ class StepDraft:
         self.budget -= count
         self.prefills.append(_submit(request, row))
 
+    def arrange(self) -> None:
+        """Put decodes with equal adapters side by side: a tile of tokens then uses few, which is read once for all."""
+        self.decodes.sort(key=lambda entry: entry.request.slots or ())
+
     def enter(self, new: NewRow) -> None:
         """A request takes a row; whoever took it earlier in this step, and was preempted, is forgotten."""
         if any(other.row == new.row for other in self.new_rows):

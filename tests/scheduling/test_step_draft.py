@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from schedkit.desk import Desk
 from specserve.core.plan import BlockAppend, NewRow
 from specserve.core.sampling_params import SamplingParams
 from specserve.scheduling.step_draft import StepDraft
@@ -32,3 +33,17 @@ def test_blocks_of_a_row_that_nobody_enters_stay() -> None:
     draft.blocks.append(BlockAppend(1, 3, [5]))
     draft.enter(new_row(2, 1))
     assert draft.plan(1).blocks == [BlockAppend(1, 3, [5])]
+
+
+def test_decodes_of_one_adapter_stand_side_by_side() -> None:
+    """In order of arrival among themselves; prompts come behind, whatever their adapter."""
+    desk = Desk(rows=8)
+    for index in range(6):
+        desk.add(f"x{index}", *(((), ("a",), ("b",))[index % 3]), answer=20)
+    desk.step(4)
+    desk.add("new0", prompt=9)
+    rows = desk.scheduler.schedule().rows
+    requests = [desk.scheduler.requests[row.request_id] for row in rows]
+    assert sorted(row.request_id for row in rows[:6]) == [f"x{index}" for index in range(6)]
+    assert [request.slots for request in requests[:6]] == sorted(request.slots or () for request in requests[:6])
+    assert [row.request_id for row in rows[:2]] == ["x0", "x3"] and rows[6].request_id == "new0"
