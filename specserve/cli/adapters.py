@@ -13,6 +13,7 @@ from typing import Any
 
 from specserve.cli.api import Api, ServerAnsweredError
 from specserve.cli.distill import add_distill
+from specserve.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED
 from specserve.cli.flags import name_and_path
 from specserve.cli.progress import call_each
 from specserve.cli.tables import SORTS, table
@@ -20,14 +21,10 @@ from specserve.config import adapters_in, environment_api_key
 from specserve.core.checks import check_weight
 from specserve.core.errors import InvalidRequestError
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 Act = Callable[[argparse.Namespace, Api], int]
 
 
-def add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "adapters", help="list, load, unload and pin the adapters of a server; distill companions"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_list(actions)
     _add_load(actions)

@@ -11,8 +11,7 @@ from specserve.cli.bench_report import add_report
 from specserve.cli.bench_serve import add_serve
 
 
-def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("bench", help="measure servers, or the engine without one")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_serve(actions)
     add_ab(actions)

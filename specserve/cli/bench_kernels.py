@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import specserve
-
-EXIT_REFUSED = 2
+from specserve.cli.exits import EXIT_REFUSED
 
 
 def add_kernels(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

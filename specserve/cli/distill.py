@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from specserve.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED
 from specserve.cli.flags import add_flags, from_flags
 from specserve.core.errors import SpecserveError
 from specserve.distillation.settings import DistillSettings, resolve
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 HELP = {
     "adapter": "its PEFT folder; default: the bundled adapter of that name",
     "prompts": 'JSONL of prompts like those served: {"prompt": …} or {"messages": …}; default: the beginning of a text',

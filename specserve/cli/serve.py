@@ -11,6 +11,7 @@ from collections import Counter
 
 import msgspec
 
+from specserve.cli.exits import EXIT_REFUSED
 from specserve.cli.flags import ENGINE_HELP, SERVER_HELP, add_flags, from_flags, name_and_path
 from specserve.config import DEMO_ROOT, EngineConfig, environment_api_key, missing_file, resolve_paths
 from specserve.core.errors import InvalidRequestError, SpecserveError
@@ -18,16 +19,11 @@ from specserve.server.adapters import check_name
 from specserve.server.options import ServerConfig
 from specserve.server.serve import PortInUseError, serve
 
-EXIT_REFUSED = 2
 MAX_SHOWN = 16  # adapters, at start
 
 
-def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "serve",
-        help="start a server",
-        description="Serve a model with many adapters over OpenAI's API. Without MODEL: the bundled demo, offline.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serve a model with many adapters over OpenAI's API. Without MODEL: the bundled demo, offline."
     parser.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder or hub id")
     parser.add_argument(
         "--lora",

@@ -8,12 +8,31 @@ from pathlib import Path
 
 import pytest
 
-MODULES = ["specserve.engine.client.async_engine", "specserve.server.serve", "specserve.cli.main"]
+MODULES = ["specserve.engine.client.async_engine", "specserve.server.serve", "specserve.cli.serve"]
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_our_modules_import_no_torch(module: str) -> None:
     program = f"import sys, {module}; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_serving_and_help_import_nothing_that_measures() -> None:
+    program = (
+        "import sys\n"
+        "from specserve.cli.main import main, make_parser\n"
+        "make_parser('serve').parse_args(['serve', 'folder'])\n"
+        "print([name for name in ('specserve.bench', 'numpy', 'specserve.cli.adapters') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    program = (
+        "import sys\n"
+        "from specserve.cli.main import make_parser\n"
+        "make_parser('--help')\n"
+        "print([name for name in ('specserve.bench', 'specserve.server', 'aiohttp') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
