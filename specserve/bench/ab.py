@@ -13,9 +13,9 @@ import msgspec
 from specserve.bench.fleet import Fleet
 from specserve.bench.kept import Kept
 from specserve.bench.plan import AbOptions, Plan
-from specserve.bench.records import Comparison, RequestRecord, RunRecord, TracedRequest
+from specserve.bench.records import Comparison, Load, RequestRecord, RunRecord, TracedRequest
 from specserve.bench.servers import RunningServer, ServerFailedError
-from specserve.bench.turns import Load, Turn, in_blocks, interleaved
+from specserve.bench.turns import Turn, in_blocks, interleaved
 from specserve.bench.variants import Variant
 
 WATCH_SECONDS = 0.2
@@ -76,7 +76,7 @@ async def compare(
         async with fleet:
             await _all_turns(fleet, options, plan, sender, watcher, kept)
     except ServerFailedError as failure:
-        return _stopped(kept, str(failure))
+        return _stopped(kept, str(failure).rstrip("."))
     except asyncio.CancelledError:
         return msgspec.structs.replace(_stopped(kept, "it was interrupted"), interrupted=True)
     return Outcome(kept.comparison())

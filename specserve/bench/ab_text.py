@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from specserve.bench.compare import AtLoad, Compared
 from specserve.bench.metrics import Summary
-from specserve.bench.verdict import break_even_text, cautions, load_name, stated, verdict
+from specserve.bench.verdict import break_even_lines, cautions, stated, verdict
+from specserve.bench.words import load_name, metric_name
 
-ROWS = {
-    "median_ttft_ms": "TTFT p50 (ms)", "p99_ttft_ms": "TTFT p99 (ms)", "median_tpot_ms": "TPOT p50 (ms)",
-    "p99_tpot_ms": "TPOT p99 (ms)", "median_itl_ms": "ITL p50 (ms)", "p99_itl_ms": "ITL p99 (ms)",
-    "mean_e2el_ms": "E2EL mean (ms)", "median_e2el_ms": "E2EL p50 (ms)", "p99_e2el_ms": "E2EL p99 (ms)",
-    "request_throughput": "Requests/s", "output_throughput": "Tokens/s", "request_goodput": "Goodput (requests/s)",
-}  # fmt: skip
+ROWS = (
+    "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "p99_itl_ms", "mean_e2el_ms",
+    "median_e2el_ms", "p99_e2el_ms", "request_throughput", "output_throughput", "request_goodput",
+)  # fmt: skip
 GOODPUT = "request_goodput"
 MAX_SHOWN = 60  # characters of a difference
+ITL = "ITL: between two events of a stream, which bring several tokens each where drafts are accepted."
 
 
 def text(compared: Compared) -> str:
@@ -29,7 +29,8 @@ def text(compared: Compared) -> str:
         "",
         f"×: how many times as good {b.variant} is as {a.variant}, with the interval that holds it at "
         f"{100 * compared.confidence:g} %.",
-        *(break_even_text(one, b.variant) for _, one in compared.break_evens),
+        *([ITL] if any(at.a.acceptance or at.b.acceptance for at in compared.loads) else []),
+        *break_even_lines(compared),
         *_equality(compared),
     ]
     return "\n".join(parts)
@@ -43,9 +44,9 @@ def _table(at: AtLoad, compared: Compared) -> list[str]:
         compared.b.variant,
         "",
     )
-    rows = [head, *((ROWS[name], _figure(ratio.a), _figure(ratio.b), stated(ratio)) for name, ratio in found.items())]
+    rows = [head, *(_row(name, ratio.a, ratio.b, stated(ratio)) for name, ratio in found.items())]
     if GOODPUT not in found and at.a.request_goodput is not None and at.b.request_goodput is not None:
-        rows.append((ROWS[GOODPUT], _figure(at.a.request_goodput), _figure(at.b.request_goodput), ""))  # one has none
+        rows.append(_row(GOODPUT, at.a.request_goodput, at.b.request_goodput, ""))  # one of them has none
     accepted = _accepted(at.a), _accepted(at.b)
     if any(accepted):
         rows.append(("Drafts accepted", *accepted, ""))
@@ -54,6 +55,10 @@ def _table(at: AtLoad, compared: Compared) -> list[str]:
         f"{name:<{widths[0]}}  {ours:>{widths[1]}}  {theirs:>{widths[2]}}  {told}".rstrip()
         for name, ours, theirs, told in rows
     ]
+
+
+def _row(metric: str, a: float, b: float, told: str) -> tuple[str, str, str, str]:
+    return metric_name(metric) + (", ms" if metric.endswith("_ms") else ""), _figure(a), _figure(b), told
 
 
 def _accepted(side: Summary) -> str:

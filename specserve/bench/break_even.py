@@ -3,6 +3,9 @@
 From the least load at which B wins on, the first where it no longer does; between two loads the logarithm of the
 speedup is taken to be linear in the logarithm of the load. Its bounds are percentiles over redrawn speedups, each about
 its own estimate with its own error: loads were measured in runs of their own.
+
+What it says agrees with what is said of single loads: there is something to stop only where B wins at one at least, its
+bounds leaving out 1, and B "still wins" at the highest load only where they do so there.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ REDRAWN = 2000
 
 
 class BreakEven(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`kind`: B stops winning at `load`, or wins up to the `highest` measured, or nowhere, or nobody does."""
+    """`kind`: B stops winning `at` a load, or still wins at the highest (`beyond`), or wins and was not found to stop
+    (`open`), or wins nowhere and loses somewhere (`never`), or neither (`no difference`)."""
 
     axis: str  # what was varied, say concurrency
-    kind: Literal["at", "beyond", "never", "no difference"]
+    kind: Literal["at", "beyond", "open", "never", "no difference"]
     lowest: float
     highest: float
     load: float | None = None  # of "at"
@@ -42,8 +46,9 @@ def break_even(
         return None
     ends = float(loads[0]), float(loads[-1])
     bounds = [ratio.bounds for _, ratio in ordered]
-    if all(one is not None and one[0] <= 1 <= one[1] for one in bounds):
-        return BreakEven(axis, "no difference", *ends)
+    if not any(_won(one) for one in bounds):
+        lost = any(one is not None and one[1] < 1 for one in bounds)
+        return BreakEven(axis, "never" if lost else "no difference", *ends)
     logs = np.log([[ratio.speedup for _, ratio in ordered]])
     (found,) = crossings(loads, logs)
     low = high = None
@@ -54,9 +59,9 @@ def break_even(
         low, high = (
             _measured(float(value)) for value in np.quantile(crossings(loads, drawn), tails, method="inverted_cdf")
         )
-    if np.isfinite(found) and found > 0:
+    if np.isfinite(found):
         return BreakEven(axis, "at", *ends, float(found), low, high, bounded)
-    return BreakEven(axis, "beyond" if found else "never", *ends, None, low, high, bounded)
+    return BreakEven(axis, "beyond" if _won(bounds[-1]) else "open", *ends, None, low, high, bounded)
 
 
 def crossings(loads: npt.NDArray[np.float64], logs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -80,6 +85,10 @@ def _errors(ratios: Sequence[Ratio], random: np.random.Generator) -> npt.NDArray
         for ratio in ratios
     ]
     return np.stack(columns, axis=1)
+
+
+def _won(bounds: tuple[float, float] | None) -> bool:
+    return bounds is not None and bounds[0] > 1
 
 
 def _measured(load: float) -> float | None:

@@ -9,8 +9,8 @@ import msgspec
 from specserve.bench.break_even import BreakEven, break_even
 from specserve.bench.equality import Equality, equality
 from specserve.bench.metrics import Slos, Summary, summarise
-from specserve.bench.pairs import Load, Pairs, by_load, pair
-from specserve.bench.records import Comparison, RunRecord, VariantInfo
+from specserve.bench.pairs import Pairs, by_load, pair
+from specserve.bench.records import Comparison, Load, RunRecord, VariantInfo
 from specserve.bench.stats import Ratio, ratios
 
 HEADLINE = "mean_e2el_ms"  # at a given concurrency it is what throughput is, at a given rate throughput is the rate

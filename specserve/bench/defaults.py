@@ -8,7 +8,7 @@ from functools import cache
 
 import msgspec
 
-from specserve.bench.options import TraceOptions
+from specserve.bench.options import ALL_ADAPTERS, TraceOptions
 from specserve.bench.plan import AbOptions, Plan, make_plan
 from specserve.bench.target import look
 from specserve.bench.trace import as_text
@@ -24,7 +24,7 @@ TEXT_ENGINES = ("tgi", "transformers")  # take no token ids
 def default_trace(given: TraceOptions, variants: Sequence[Variant]) -> TraceOptions:
     """Greedy unless told otherwise, so that texts can be compared; the demo has prompts of its own, on its adapters."""
     chosen = set(msgspec.to_builtins(given))
-    if list(given.lora_modules) == ["all"]:
+    if list(given.lora_modules) == [ALL_ADAPTERS]:
         raise InvalidRequestError("--lora-modules must name the adapters here: servers may list others.")
     if given.temperature is None and not given.seeded:
         given = msgspec.structs.replace(given, temperature=0.0)

@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 
+from specserve.core.errors import InvalidRequestError
+
 
 def surroundings() -> dict[str, Any]:
     """Date, command, specserve's version and this machine: what a reader needs to repeat a run."""
@@ -32,6 +34,15 @@ def _without_keys(words: Sequence[str]) -> list[str]:
     """Reports are shown around, API keys are not."""
     shown = [re.sub(r"^(--api-key=).*", r"\1…", word) for word in words]
     return ["…" if place and words[place - 1] == "--api-key" else word for place, word in enumerate(shown)]
+
+
+def check_writable(path: Path, param: str) -> None:
+    """Raise InvalidRequestError if lines cannot be added to the file: now, not after minutes of measuring."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be written: {error.strerror}.", param=param) from error
 
 
 def append_line(path: Path, value: Any) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from specserve.bench.records import RequestRecord, RunRecord, TracedRequest
+from specserve.bench.records import Load, RequestRecord, RunRecord, TracedRequest
 
 GRACE_SECONDS = 1.0  # in which requests fail by themselves once their server is gone
 
@@ -30,7 +30,7 @@ async def run_load(
     trace: Sequence[TracedRequest],
     *,
     max_concurrency: int | None = None,
-    load: dict[str, float | int | str] | None = None,
+    load: Load | None = None,
     variant: str = "A",
     round_: int = 0,
     on_end: Callable[[RequestRecord], None] = _ignore,

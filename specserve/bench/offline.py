@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from specserve.bench.options import TraceOptions
+from specserve.bench.options import ALL_ADAPTERS, TraceOptions
 from specserve.bench.records import RequestRecord, RunRecord, TracedRequest
 from specserve.bench.trace import make_trace
 from specserve.bench.vocabulary import Vocabulary
@@ -17,8 +17,6 @@ from specserve.core.errors import InvalidRequestError
 from specserve.core.messages import FinishReason, SpeculationStats
 from specserve.core.sampling_params import SamplingParams
 from specserve.server.protocol import CompletionBody, sampling_params
-
-ALL_ADAPTERS = "all"
 
 
 class Output(Protocol):
@@ -47,7 +45,7 @@ def offline_trace(engine: EngineConfig, asked: TraceOptions) -> list[TracedReque
     names = [name for name, _ in resolved.loras]
     if list(asked.lora_modules) == [ALL_ADAPTERS]:
         asked = msgspec.structs.replace(asked, lora_modules=tuple(names))
-    trace = make_trace(asked, lambda: Vocabulary.load(resolved.model))
+    trace = make_trace(asked, lambda: Vocabulary.load(resolved.model, "model"))
     for request in trace:
         if request.adapter is not None and request.adapter not in names:
             raise InvalidRequestError(f"No adapter {request.adapter!r} is given by --lora.", param="lora_modules")

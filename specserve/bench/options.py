@@ -13,6 +13,8 @@ Dataset = Literal["random", "sharegpt", "custom", "timed_trace"]
 Assignment = Literal["random", "uniform", "round-robin", "zipf", "skewed"]
 RampUp = Literal["linear", "exponential"]
 RANDOM_INPUT_LEN, OUTPUT_LEN = 256, 128
+ALL_ADAPTERS = "all"  # in place of names
+WARM_UP_SEED = 7919  # added to the trace's: warm-ups must not leave its prompts in a prefix cache
 
 
 class TraceOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -99,18 +101,18 @@ def check(options: TraceOptions) -> None:
     for name in POSITIVE:
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise _refused(name, f"must be positive, got {value}.")
+            raise refused(name, f"must be positive, got {value}.")
     if not 0.0 <= options.random_range_ratio < 1.0:
-        raise _refused("random_range_ratio", f"must be in [0, 1), got {options.random_range_ratio}.")
+        raise refused("random_range_ratio", f"must be in [0, 1), got {options.random_range_ratio}.")
     if options.random_prefix_len < 0 or options.lora_zipf_exponent < 0:
         name = "random_prefix_len" if options.random_prefix_len < 0 else "lora_zipf_exponent"
-        raise _refused(name, "must not be negative.")
+        raise refused(name, "must not be negative.")
     if options.dataset_name != "random" and options.dataset_path is None:
-        raise _refused("dataset_path", f"is needed for --dataset-name {options.dataset_name}.")
+        raise refused("dataset_path", f"is needed for --dataset-name {options.dataset_name}.")
     if options.timed and options.dataset_name in ("random", "sharegpt"):
-        raise _refused("self_timed", f"needs a dataset with times; {options.dataset_name} has none.")
+        raise refused("self_timed", f"needs a dataset with times; {options.dataset_name} has none.")
     if options.timed and options.request_rate != math.inf:
-        raise _refused("request_rate", "goes with --no-self-timed: else the dataset says when requests come.")
+        raise refused("request_rate", "goes with --no-self-timed: else the dataset says when requests come.")
     _check_ramp_up(options)
 
 
@@ -118,12 +120,12 @@ def _check_ramp_up(options: TraceOptions) -> None:
     ends = (options.ramp_up_start_rps, options.ramp_up_end_rps)
     if options.ramp_up_strategy is None:
         if ends != (None, None):
-            raise _refused("ramp_up_strategy", "is needed with --ramp-up-start-rps and --ramp-up-end-rps.")
+            raise refused("ramp_up_strategy", "is needed with --ramp-up-start-rps and --ramp-up-end-rps.")
         return
     if options.request_rate != math.inf or options.timed:
-        raise _refused("ramp_up_strategy", "says how the rate goes: leave --request-rate and --self-timed out.")
+        raise refused("ramp_up_strategy", "says how the rate goes: leave --request-rate and --self-timed out.")
     if any(end is None or not 0 < end < math.inf for end in ends):
-        raise _refused("ramp_up_strategy", "needs positive --ramp-up-start-rps and --ramp-up-end-rps.")
+        raise refused("ramp_up_strategy", "needs positive --ramp-up-start-rps and --ramp-up-end-rps.")
 
 
 def sampling_fields(options: TraceOptions) -> dict[str, Any]:
@@ -133,5 +135,5 @@ def sampling_fields(options: TraceOptions) -> dict[str, Any]:
     return fields | ({"ignore_eos": True} if options.ignore_eos else {}) | options.extra_body
 
 
-def _refused(field: str, reason: str) -> InvalidRequestError:
+def refused(field: str, reason: str) -> InvalidRequestError:
     return InvalidRequestError(f"--{field.replace('_', '-')} {reason}", param=field)

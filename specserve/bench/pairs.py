@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from specserve.bench.records import RequestRecord, RunRecord
+from specserve.bench.records import Load, RequestRecord, RunRecord
 
-Load = dict[str, float | int | str]
 Both = tuple[RequestRecord, RequestRecord]  # of A, of B
 Numbers = npt.NDArray[np.int64]
 

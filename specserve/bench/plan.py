@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from specserve.bench.datasets import Tokens
-from specserve.bench.options import TraceOptions
-from specserve.bench.records import TracedRequest
+from specserve.bench.options import TraceOptions, refused
+from specserve.bench.records import Load, TracedRequest
 from specserve.bench.trace import make_trace
-from specserve.bench.turns import WARM_UP, Load, Turn
-from specserve.core.errors import InvalidRequestError
+from specserve.bench.turns import WARM_UP, Turn
+from specserve.bench.words import load_name
 
 LOADS = (1, 4, 16)  # requests at a time, unless others or rates are asked for
 LEAST_REQUESTS = 3  # a run
@@ -33,28 +34,23 @@ class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         for name in ("rounds", "requests", "start_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise _refused(name, f"must be positive, got {value}.")
+                raise refused(name, f"must be positive, got {value}.")
         for name in ("concurrency", "rates"):
             for value in getattr(self, name):
-                if not value > 0:
-                    raise _refused(name, f"must hold positive numbers, not {value}.")
+                if not 0 < value < math.inf:
+                    raise refused(name, f"must hold positive numbers, not {value}.")
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise refused(name, "must name each load once.")
 
     def loads(self, *, timed: bool) -> list[Load]:
         """The loads in their order; a dataset that tells when requests come is the only one."""
         if timed and (self.concurrency or self.rates):
-            raise _refused("concurrency", "and --rates go without a dataset that says when requests come.")
+            raise refused("concurrency", "and --rates go without a dataset that says when requests come.")
         if timed:
             return [{"trace": "timed"}]
         found: list[Load] = [{"concurrency": number} for number in self.concurrency]
         found += [{"rate": rate} for rate in self.rates]
         return found or [{"concurrency": number} for number in LOADS]
-
-
-def load_name(load: Load) -> str:
-    """For people and as a key: "concurrency 16", "rate 2.5"."""
-    return ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in load.items()
-    )
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -86,7 +82,7 @@ def make_plan(options: AbOptions, trace: TraceOptions, tokens: Callable[[], Toke
         parts = [_from_zero(whole[start : start + count]) for start in range(0, len(whole), count)]
         if len(parts) < options.rounds + 1:
             wanted = f"{options.rounds} and a warm-up take {count * (options.rounds + 1)} requests"
-            raise _refused("rounds", f"{wanted}, but the dataset has {len(whole)}.")
+            raise refused("rounds", f"{wanted}, but the dataset has {len(whole)}.")
         for part, requests in zip((WARM_UP, *range(options.rounds)), parts, strict=False):
             found[load_name(load), part] = requests
     return Plan(loads, options.rounds, found)
@@ -108,7 +104,3 @@ def _from_zero(requests: Sequence[TracedRequest]) -> list[TracedRequest]:
     """A part of a trace as a run of its own: its first request comes at once."""
     start = requests[0].arrival
     return [msgspec.structs.replace(one, arrival=round(one.arrival - start, 6)) for one in requests]
-
-
-def _refused(field: str, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"--{field.replace('_', '-')} {reason}", param=field)

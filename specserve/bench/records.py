@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+Load = dict[str, float | int | str]  # what was varied: {"concurrency": 8} or {"rate": 2.0}
+
 
 class TracedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request of a trace. The trace is the same for all variants: request `index` of A and of B are a pair."""
@@ -51,7 +53,7 @@ class RunRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
     variant: str  # "A", "B" or a name
     round: int  # from 0; runs of one round belong together
-    load: dict[str, float | int | str]  # what was varied: {"concurrency": 8} or {"rate": 2.0}
+    load: Load
     duration: float  # s, from the first request sent to the last stream's end
     requests: list[RequestRecord]
     complete: bool = True  # False: it was cut short; what had ended by then is here

@@ -10,10 +10,9 @@ import msgspec
 
 from specserve.bench.client import connect
 from specserve.bench.load import run_load
-from specserve.bench.records import RequestRecord, TracedRequest
+from specserve.bench.records import Load, RequestRecord, TracedRequest
 from specserve.bench.servers import RunningServer, ServerFailedError
 from specserve.bench.target import ASK_SECONDS, COMPLETIONS, Target, look
-from specserve.bench.turns import Load
 from specserve.core.errors import InvalidRequestError
 
 

@@ -14,15 +14,13 @@ import msgspec
 
 from specserve.bench.client import Client, connect
 from specserve.bench.load import run_load
-from specserve.bench.options import TraceOptions
-from specserve.bench.records import RequestRecord, RunRecord, TracedRequest, VariantInfo
+from specserve.bench.options import ALL_ADAPTERS, WARM_UP_SEED, TraceOptions
+from specserve.bench.records import Load, RequestRecord, RunRecord, TracedRequest, VariantInfo
 from specserve.bench.target import CHAT, COMPLETIONS, Engine, Found, Target, look
 from specserve.bench.trace import as_text, make_trace, read_trace, write_trace
 from specserve.bench.vocabulary import Vocabulary
 from specserve.core.errors import InvalidRequestError
 
-ALL_ADAPTERS = "all"
-WARM_UP_SEED = 7919  # added to the trace's: warm-ups must not leave its prompts in a prefix cache
 READY_POLL_SECONDS = 0.5
 
 Backend = Literal["auto", "specserve", "vllm", "sglang", "tgi", "openai", "openai-chat"]
@@ -133,9 +131,9 @@ async def measure(
         )  # fmt: skip
 
 
-def _load(options: ServeOptions, asked: TraceOptions) -> dict[str, float | int | str]:
+def _load(options: ServeOptions, asked: TraceOptions) -> Load:
     """What a reader of the records compares them along."""
-    load: dict[str, float | int | str] = {}
+    load: Load = {}
     if options.max_concurrency is not None:
         load["concurrency"] = options.max_concurrency
     if options.trace is None and asked.request_rate != math.inf:

@@ -6,11 +6,9 @@ import msgspec
 
 from specserve.bench.metrics import Summary, summarise
 from specserve.bench.offline import generate, offline_trace
-from specserve.bench.options import TraceOptions
+from specserve.bench.options import WARM_UP_SEED, TraceOptions
 from specserve.bench.records import RunRecord
 from specserve.config import EngineConfig
-
-WARM_UP_SEED = 7919
 
 
 class Throughput(msgspec.Struct, frozen=True):

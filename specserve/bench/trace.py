@@ -12,6 +12,7 @@ import msgspec
 
 from specserve.bench.arrivals import DIGITS, arrival_times
 from specserve.bench.datasets import Sample, Tokens, samples
+from specserve.bench.facts import check_writable
 from specserve.bench.lines import read_lines
 from specserve.bench.options import TraceOptions, check, sampling_fields
 from specserve.bench.popularity import assign
@@ -64,7 +65,8 @@ def _stream(options: TraceOptions, name: str) -> random.Random:
 
 
 def write_trace(path: Path, trace: Sequence[TracedRequest]) -> None:
-    """One request a line."""
+    """One request a line. Raises InvalidRequestError."""
+    check_writable(path, "save_trace")
     path.write_bytes(msgspec.json.Encoder().encode_lines(trace))
 
 

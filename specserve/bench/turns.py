@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-Load = dict[str, float | int | str]
+from specserve.bench.records import Load
+
 WARM_UP = -1  # the round of what is not counted
 
 

@@ -8,17 +8,12 @@ from typing import Literal
 from specserve.bench.break_even import BreakEven
 from specserve.bench.compare import AtLoad, Compared
 from specserve.bench.metrics import Summary
-from specserve.bench.pairs import Load
 from specserve.bench.stats import Ratio
+from specserve.bench.words import LISTED, load_name, load_names, number
 
 Outcome = Literal["faster", "slower", "no difference", "too few"]
 TELLING = 1.2  # bounds around 1 that are further apart than this factor hide what would be worth knowing
 LONGER = 1.02  # answers whose lengths differ by more make times hard to compare
-LISTED = 3  # loads that are named one by one; of more, the first and the last
-UNITS = {
-    "concurrency": "concurrency {}", "rate": "{} requests/s", "adapters": "{} adapters", "rank": "rank {}",
-    "alpha": "α = {}",
-}  # fmt: skip
 
 
 def outcome(ratio: Ratio | None) -> Outcome:
@@ -30,12 +25,6 @@ def outcome(ratio: Ratio | None) -> Outcome:
     if low > 1 or high < 1:
         return "faster" if low > 1 else "slower"
     return "no difference" if high <= low * TELLING else "too few"
-
-
-def load_name(load: Load) -> str:
-    """For a reader: "concurrency 8", "2.5 requests/s, 8 adapters"."""
-    names = (UNITS.get(name, name + " {}").format(number(value)) for name, value in load.items())
-    return ", ".join("1 adapter" if name == "1 adapters" else name for name in names)
 
 
 def verdict(compared: Compared) -> str:
@@ -92,6 +81,15 @@ def stated(ratio: Ratio | None) -> str:
     return f"{ratio.speedup:.2f}×" + ("" if bounds is None else f" ({bounds[0]:.2f}–{bounds[1]:.2f})")
 
 
+def break_even_lines(compared: Compared, *, told: bool = False) -> list[str]:
+    """A sentence for each line of loads; with `told` those left out that the verdict says."""
+    return [
+        (f"With {load_name(others)}: " if others else "") + break_even_text(one, compared.b.variant)
+        for others, one in compared.break_evens
+        if others or not told or one.kind in ("beyond", "open", "never")
+    ]
+
+
 def break_even_text(one: BreakEven, b: str) -> str:
     """A sentence of its own, also where nothing was crossed."""
     lowest, highest = (load_name({one.axis: load}) for load in (one.lowest, one.highest))
@@ -100,13 +98,10 @@ def break_even_text(one: BreakEven, b: str) -> str:
         return f"{b}{sentence[2:]}."
     return {
         "beyond": f"{b} still wins at {highest}, the highest load measured.",
-        "never": f"{b} wins at no load measured, from {lowest} to {highest}.",
+        "open": f"{b} was not found to stop winning up to {highest}, the highest load measured.",
+        "never": f"{b} was not found to win at any load measured, from {lowest} to {highest}.",
         "no difference": f"Nobody was found to win at any load measured, from {lowest} to {highest}.",
     }[one.kind]
-
-
-def number(value: float | int | str) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _counted(compared: Compared, groups: Mapping[Outcome, Sequence[AtLoad]]) -> str:
@@ -155,9 +150,7 @@ def _places(loads: Sequence[AtLoad], compared: Compared, whole: str) -> str:
     told = ", ".join(part for part in (told, f"{pairs} pairs") if part)
     if len(loads) == len(compared.loads):
         return f"{whole} ({told})"
-    names = [load_name(at.load) for at in loads]
-    listed = f"{names[0]} to {names[-1]}" if len(names) > LISTED else ", ".join(names)
-    return f"at {listed} ({told})"
+    return f"at {load_names([at.load for at in loads])} ({told})"
 
 
 def _stops(one: BreakEven) -> str:

@@ -18,8 +18,8 @@ class Vocabulary:
         self.ids = [token for token in sorted(tokenizer.get_vocab().values()) if token not in special]
 
     @classmethod
-    def load(cls, model: str) -> Vocabulary:
-        """From a folder or hub id, or of the bundled demo; raises InvalidRequestError."""
+    def load(cls, model: str, param: str = "tokenizer") -> Vocabulary:
+        """From a folder or hub id, or of the bundled demo; raises InvalidRequestError for the flag `param`."""
         from transformers import AutoTokenizer  # noqa: PLC0415  slow: only where it is used
 
         try:
@@ -27,8 +27,8 @@ class Vocabulary:
         except Exception as error:  # tokenizers raises bare Exceptions
             reason = str(error).strip().split("\n")[0]
             raise InvalidRequestError(
-                f"The tokenizer of {model!r} cannot be read ({reason}); name its folder or hub id by --tokenizer.",
-                param="tokenizer",
+                f"The tokenizer of {model!r} cannot be read ({reason}); name its folder or hub id by --{param}.",
+                param=param,
             ) from error
 
     def lengths(self, texts: Sequence[str]) -> list[int]:

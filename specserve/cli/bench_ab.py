@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -21,13 +24,15 @@ from specserve.bench.sending import Sending
 from specserve.bench.target import CHAT, COMPLETIONS
 from specserve.bench.variants import Variant, check_count, parse_variant, read_variants
 from specserve.cli.bench_ab_watch import Progress, until_signalled
-from specserve.cli.bench_flags import add_trace_flags, trace_options
-from specserve.cli.bench_report import add_goodput, show
+from specserve.cli.bench_flags import add_goodput, add_trace_flags, slos_of, trace_options
+from specserve.cli.bench_report import show
+from specserve.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
 from specserve.cli.flags import add_flags, from_flags
 from specserve.config import environment_api_key
 from specserve.core.errors import InvalidRequestError, SpecserveError
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+T = TypeVar("T", int, float)
+
 AB_HELP = {
     "rounds": "runs of each side and load, in alternating order",
     "requests": "requests a run; default: twice the concurrency and some, or ten seconds of a rate",
@@ -61,13 +66,19 @@ def add_ab(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--a", metavar="SIDE", help="flags of `specserve serve`, a URL, or a command")
+    parser.add_argument(
+        "--a", metavar="SIDE", help="flags of `specserve serve` (of one word: --a=--enforce-eager), a URL, or a command"
+    )
     parser.add_argument("--b", metavar="SIDE", help="likewise; it is compared with the first")
     parser.add_argument("--variants", metavar="FILE", help="YAML of two or more sides, in place of --a and --b")
     parser.add_argument("--model", default="demo", help="what flags alone serve: folder, hub id or demo [%(default)s]")
     load = parser.add_argument_group("load").add_mutually_exclusive_group()
-    load.add_argument("--concurrency", type=_integers, default=(), metavar="N,N…", help="requests at a time [1,4,16]")
-    load.add_argument("--rates", type=_numbers, default=(), metavar="X,X…", help="requests/s, in place of that")
+    load.add_argument(
+        "--concurrency", type=partial(_numbers, int), default=(), metavar="N,N…", help="requests at a time [1,4,16]"
+    )
+    load.add_argument(
+        "--rates", type=partial(_numbers, float), default=(), metavar="X,X…", help="requests/s, in place of that"
+    )
     add_flags(parser.add_argument_group("rounds"), AbOptions, AB_HELP)
     add_trace_flags(parser, TRACE_FLAGS)
     asked = parser.add_argument_group("servers")
@@ -88,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         options = from_flags(AbOptions, args)
         trace = default_trace(trace_options(args), variants)
         plan = plan_for(variants, options, trace, args.tokenizer, _headers(args))
-        slos = Slos.parse(args.goodput) if args.goodput else None
+        slos = slos_of(args)
         folder = _folder(args.output)
     except SpecserveError as error:
         return _failed(str(error), EXIT_REFUSED)
@@ -135,16 +146,9 @@ def _folder(given: str | None) -> Path:
     return folder
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _numbers(kind: Callable[[str], T], text: str) -> tuple[T, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from error
 

@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from specserve.bench.ab import Outcome
-from specserve.bench.plan import load_name
 from specserve.bench.turns import Turn
+from specserve.bench.words import load_name
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TICK_SECONDS = 0.5
@@ -22,12 +22,13 @@ BAR = "{desc} |{bar:20}| {n_fmt}/{total_fmt} requests {elapsed}<{remaining}"
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line for each server that is started."""
+    """A bar on a terminal; elsewhere a line for each server that is started, and for each round."""
 
     def __init__(self) -> None:
         # disable=None: shown on a terminal alone.
         self._bar = tqdm(bar_format=STARTING, disable=None, leave=False, total=0)
         self._rounds = 0  # 0: nothing is planned yet
+        self._round: str | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -38,8 +39,7 @@ class Progress:
         self._bar.close()
 
     def told(self, line: str) -> None:
-        if self._bar.disable:
-            print(f"{line} …", file=sys.stderr, flush=True)
+        self._say(line)
         if not self._rounds:
             self._bar.reset(total=0)  # each start has a time of its own
         self._bar.set_description_str(line)
@@ -51,7 +51,14 @@ class Progress:
 
     def began(self, turn: Turn) -> None:
         what = "warm-up" if turn.warm_up else f"round {turn.round + 1}/{self._rounds}"
+        if what != self._round:
+            self._say(what.capitalize())
+            self._round = what
         self._bar.set_description_str(f"{turn.variant}, {load_name(turn.load)}, {what}")
+
+    def _say(self, line: str) -> None:
+        if self._bar.disable:
+            print(f"{line} …", file=sys.stderr, flush=True)
 
     def request_ended(self) -> None:
         self._bar.update()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from specserve.bench.metrics import Slos
 from specserve.bench.options import TRACE_HELP, TraceOptions
 from specserve.cli.flags import add_flags, from_flags
 
@@ -37,6 +38,21 @@ def add_trace_flags(parser: argparse.ArgumentParser, helps: Mapping[str, str] = 
         default=argparse.SUPPRESS,
         help="further fields of every request: '{\"speculation\": false}'",
     )
+
+
+def add_goodput(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="service level objectives, of ttft, tpot and e2el: how many requests a second keep all of them",
+    )
+
+
+def slos_of(args: argparse.Namespace) -> Slos | None:
+    """None: none were set. Raises InvalidRequestError."""
+    return Slos.parse(args.goodput) if args.goodput else None
 
 
 def trace_options(args: argparse.Namespace) -> TraceOptions:

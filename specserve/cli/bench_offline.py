@@ -11,14 +11,16 @@ from typing import Protocol
 import msgspec
 from tqdm import tqdm
 
-from specserve.bench.facts import append_line, surroundings
+from specserve.bench.facts import append_line, check_writable, surroundings
+from specserve.bench.latency import bench_latency
 from specserve.bench.options import TRACE_HELP, TraceOptions
+from specserve.bench.throughput import bench_throughput
 from specserve.cli.bench_flags import add_trace_flags, trace_options
+from specserve.cli.exits import EXIT_INTERRUPTED, EXIT_REFUSED
 from specserve.cli.flags import ENGINE_HELP, add_flags, from_flags, name_and_path
 from specserve.config import EngineConfig
 from specserve.core.errors import SpecserveError
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 BAR = "{desc} {n_fmt}/{total_fmt} iterations |{bar:20}| {elapsed}"
 # Nothing arrives: all requests are begun at once.
 TIMED = ("request_rate", "burstiness", "ramp_up_strategy", "ramp_up_start_rps", "ramp_up_end_rps", "self_timed",
@@ -35,7 +37,7 @@ class Measured(Protocol):
 def add_throughput(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "all requests at once through the engine alone: tokens and requests a second"
     parser = _add(actions, "throughput", text, OFFLINE_HELP, _throughput)
-    _count(parser, "--num-warmups", 8, "requests generated before, uncounted")
+    _count(parser, "--num-warmups", 8, "requests generated before, uncounted", least=0)
 
 
 def add_latency(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,13 +45,20 @@ def add_latency(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     helps = {name: text for name, text in OFFLINE_HELP.items() if name != "num_prompts"}
     parser = _add(actions, "latency", text, helps, _latency)
     _count(parser, "--batch-size", 8, "requests, all begun together", dest="num_prompts")
-    _count(parser, "--num-iters-warmup", 3, "times that the batch is generated before, uncounted")
+    _count(parser, "--num-iters-warmup", 3, "times that the batch is generated before, uncounted", least=0)
     _count(parser, "--num-iters", 10, "times that the batch is generated")
 
 
-def _count(parser: argparse.ArgumentParser, flag: str, default: int, text: str, dest: str | None = None) -> None:
+def _count(
+    parser: argparse.ArgumentParser, flag: str, default: int, text: str, dest: str | None = None, least: int = 1
+) -> None:
+    def count(given: str) -> int:
+        if not given.isdecimal() or int(given) < least:
+            raise argparse.ArgumentTypeError(f"{given!r} is no number from {least} on")
+        return int(given)
+
     dest = dest or flag.removeprefix("--").replace("-", "_")
-    parser.add_argument(flag, dest=dest, type=int, default=default, metavar="N", help=f"{text} [{default}]")
+    parser.add_argument(flag, dest=dest, type=count, default=default, metavar="N", help=f"{text} [{default}]")
 
 
 def _add(
@@ -81,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and save; 2 and a sentence on stderr for what cannot be."""
     engine, asked = from_flags(EngineConfig, args), trace_options(args)
     try:
+        if args.output_json is not None:
+            check_writable(Path(args.output_json), "output_json")
         measured: Measured = args.act(args, engine, asked)
     except SpecserveError as error:
         print(f"specserve: {str(error).strip()}", file=sys.stderr)
@@ -97,17 +108,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _throughput(args: argparse.Namespace, engine: EngineConfig, asked: TraceOptions) -> Measured:
-    from specserve.bench.throughput import bench_throughput  # noqa: PLC0415  numpy: no other command waits for it
-
-    return bench_throughput(engine, asked, num_warmups=max(args.num_warmups, 0), progress=sys.stderr.isatty())
+    return bench_throughput(engine, asked, num_warmups=args.num_warmups, progress=sys.stderr.isatty())
 
 
 def _latency(args: argparse.Namespace, engine: EngineConfig, asked: TraceOptions) -> Measured:
-    from specserve.bench.latency import bench_latency  # noqa: PLC0415
-
-    iterations, warm_ups = max(args.num_iters, 1), max(args.num_iters_warmup, 0)
-    # disable=None: shown on a terminal alone.
+    iterations, warm_ups = args.num_iters, args.num_iters_warmup
     total = iterations + warm_ups
+    # disable=None: shown on a terminal alone.
     with tqdm(desc="Generating", total=total, bar_format=BAR, disable=None, leave=False) as bar:
 
         def on_iteration() -> None:

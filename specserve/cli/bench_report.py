@@ -13,9 +13,9 @@ from specserve.bench.kept import read_comparison
 from specserve.bench.metrics import Slos
 from specserve.bench.records import Comparison
 from specserve.bench.report.write import write_report
+from specserve.cli.bench_flags import add_goodput, slos_of
+from specserve.cli.exits import EXIT_REFUSED
 from specserve.core.errors import SpecserveError
-
-EXIT_REFUSED = 2
 
 
 def add_report(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,20 +26,10 @@ def add_report(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=run)
 
 
-def add_goodput(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--goodput",
-        nargs="+",
-        default=[],
-        metavar="NAME:MS",
-        help="service level objectives, of ttft, tpot and e2el: how many requests a second keep all of them",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     try:
         folder = Path(args.folder)
-        show(read_comparison(folder), Path(args.output or folder), Slos.parse(args.goodput) if args.goodput else None)
+        show(read_comparison(folder), Path(args.output or folder), slos_of(args))
     except SpecserveError as error:
         print(f"specserve: {error}", file=sys.stderr)
         return EXIT_REFUSED

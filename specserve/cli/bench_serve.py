@@ -14,16 +14,18 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
-from specserve.bench.facts import append_line, surroundings
+from specserve.bench.facts import append_line, check_writable, surroundings
+from specserve.bench.metrics import summarise
+from specserve.bench.metrics_text import text
 from specserve.bench.options import TraceOptions
 from specserve.bench.records import Comparison, RequestRecord, RunRecord
 from specserve.bench.serve import SERVE_HELP, Prepared, ServeOptions, measure, prepare
-from specserve.cli.bench_flags import add_trace_flags, trace_options
+from specserve.cli.bench_flags import add_goodput, add_trace_flags, slos_of, trace_options
+from specserve.cli.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED
 from specserve.cli.flags import add_flags, from_flags
 from specserve.config import environment_api_key
 from specserve.core.errors import SpecserveError
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 BAR = "{desc} {n_fmt}/{total_fmt} requests |{bar:20}| {elapsed}{postfix}"
 MAX_ERRORS = 5  # different ones, shown at the end
 
@@ -40,13 +42,7 @@ def add_serve(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     group = parser.add_argument_group("server and run")
     add_flags(group, ServeOptions, SERVE_HELP)
-    group.add_argument(
-        "--goodput",
-        nargs="+",
-        default=[],
-        metavar="NAME:MS",
-        help="service level objectives, of ttft, tpot and e2el: how many requests a second keep all of them",
-    )
+    add_goodput(group)
     add_trace_flags(parser)
     parser.set_defaults(run=run)
 
@@ -54,14 +50,11 @@ def add_serve(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 0, or 1 if the server died or no request succeeded, 2 if asked for what cannot be, 130 if
     interrupted. What was measured by then is printed and saved all the same."""
-    from specserve.bench.metrics import Slos, summarise  # noqa: PLC0415  numpy: no other command waits for it
-    from specserve.bench.metrics_text import text  # noqa: PLC0415
-
     options = from_flags(ServeOptions, args)
     options = msgspec.structs.replace(options, api_key=options.api_key or environment_api_key())
     asked = trace_options(args)
     try:
-        slos = Slos.parse(args.goodput) if args.goodput else None
+        slos = slos_of(args)
         prepared, record, interrupted = asyncio.run(_measure(options, asked))
     except SpecserveError as error:
         print(f"specserve: {error}", file=sys.stderr)
@@ -72,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     summary = summarise([record], slos)
     print(text(summary))
     _tell_failures(prepared, record, interrupted)
-    if options.save_result or options.result_filename is not None:
-        path = result_path(options, asked, prepared)
+    path = result_path(options, asked, prepared)
+    if path is not None:
         append_line(path, _result(options, asked, prepared, record, summary.flat()))
         print(f"Added to {path}.")
     if interrupted:
@@ -84,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
 async def _measure(options: ServeOptions, asked: TraceOptions) -> tuple[Prepared, RunRecord, bool]:
     """What was sent, what came of it, and whether a Ctrl-C ended it."""
     prepared = await prepare(options, asked)
+    path = result_path(options, asked, prepared)
+    if path is not None:
+        check_writable(path, "result_filename")
     stop = asyncio.Event()
     with _until_interrupted(stop) as was_interrupted, _bar(len(prepared.trace)) as on_end:
         record = await measure(prepared, options, asked, on_end, stop)
@@ -140,8 +136,10 @@ def _tell_failures(prepared: Prepared, record: RunRecord, interrupted: bool) -> 
         print(f"specserve: {why}. {ended}.", file=sys.stderr)
 
 
-def result_path(options: ServeOptions, asked: TraceOptions, prepared: Prepared) -> Path:
-    """As named; else LABEL-RATEqps[-concurrencyN]-MODEL.jsonl."""
+def result_path(options: ServeOptions, asked: TraceOptions, prepared: Prepared) -> Path | None:
+    """As named; else LABEL-RATEqps[-concurrencyN]-MODEL.jsonl. None: nothing is to be saved."""
+    if not options.save_result and options.result_filename is None:
+        return None
     folder = Path(options.result_dir or ".")
     if options.result_filename is not None:
         return folder / options.result_filename

@@ -140,6 +140,8 @@ def test_an_interrupt_keeps_what_has_ended(tmp_path: Path) -> None:
         (("--tokenizer", "/nowhere/at/all"), "--tokenizer"),
         (("--goodput", "speed:3"), "'speed:3' is not NAME:MILLISECONDS"),
         (("--burstiness", "0"), "--burstiness must be positive"),
+        (("--result-filename", "/dev/null/rows.jsonl"), "/dev/null/rows.jsonl cannot be written: "),
+        (("--save-trace", "/dev/null/trace.jsonl"), "/dev/null/trace.jsonl cannot be written: "),
     ],
 )
 def test_what_cannot_be_is_one_sentence(

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import pytest
 
 from specserve.bench.options import TraceOptions
-from specserve.bench.plan import AbOptions, load_name, make_plan
-from specserve.bench.turns import Load, Turn, in_blocks, interleaved
+from specserve.bench.plan import AbOptions, make_plan
+from specserve.bench.records import Load
+from specserve.bench.turns import Turn, in_blocks, interleaved
+from specserve.bench.words import load_name
 from specserve.core.errors import InvalidRequestError
 
 ONE: Load = {"concurrency": 1}
@@ -91,6 +93,8 @@ def test_rates_begin_every_run_at_once_and_last_ten_seconds() -> None:
         (AbOptions(requests=0), "--requests must be positive"),
         (AbOptions(concurrency=(4, 0)), "--concurrency must hold positive numbers, not 0"),
         (AbOptions(rates=(math.nan,)), "--rates must hold positive numbers"),
+        (AbOptions(rates=(math.inf,)), "--rates must hold positive numbers"),
+        (AbOptions(concurrency=(2, 4, 2)), "--concurrency must name each load once"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: AbOptions, said: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from specserve.bench.records import Comparison, Event, RequestRecord, RunRecord, VariantInfo
+from specserve.bench.records import Comparison, Event, Load, RequestRecord, RunRecord, VariantInfo
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Fake:
     lengths: float = 0.3  # of requests, the same for both
     tokens: int = 6
 
-    def runs(self, seed: int, load: dict[str, float | int | str] | None = None) -> list[RunRecord]:
+    def runs(self, seed: int, load: Load | None = None) -> list[RunRecord]:
         random = np.random.default_rng(seed)
         count = self.requests if self.same_trace else self.requests * self.rounds
         base = 0.5 * np.exp(random.normal(0, self.lengths, count))  # s
@@ -41,9 +41,7 @@ class Fake:
                 runs.append(self._run(variant, number, indices, base * pace / faster, load or {"concurrency": 8}))
         return runs
 
-    def _run(
-        self, variant: str, number: int, indices: Sequence[int], seconds: np.ndarray, load: dict[str, float | int | str]
-    ) -> RunRecord:
+    def _run(self, variant: str, number: int, indices: Sequence[int], seconds: np.ndarray, load: Load) -> RunRecord:
         records = []
         for index in indices:
             ends = 1.0 + seconds[index] * np.linspace(0.2, 1.0, self.tokens)
@@ -53,9 +51,7 @@ class Fake:
             )
         return RunRecord(variant, number, load, float(sum(seconds[index] for index in indices)) / 8, records)
 
-    def comparison(
-        self, seed: int, loads: Sequence[dict[str, float | int | str]] = ({"concurrency": 8},)
-    ) -> Comparison:
+    def comparison(self, seed: int, loads: Sequence[Load] = ({"concurrency": 8},)) -> Comparison:
         runs = [run for number, load in enumerate(loads) for run in self.runs(seed + number, load)]
         return Comparison([VariantInfo("A", "no draft"), VariantInfo("B", "draft model")], runs)
 

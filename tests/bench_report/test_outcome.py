@@ -15,9 +15,10 @@ from specserve.bench.compare import compare, comparisons, varied
 from specserve.bench.equality import equality
 from specserve.bench.extra import MissingPackageError, needed
 from specserve.bench.pairs import by_load
-from specserve.bench.records import Comparison, RequestRecord, RunRecord, VariantInfo
+from specserve.bench.records import Comparison, Load, RequestRecord, RunRecord, VariantInfo
 from specserve.bench.stats import Ratio
-from specserve.bench.verdict import break_even_text, cautions, load_name, outcome, verdict
+from specserve.bench.verdict import break_even_text, cautions, outcome, verdict
+from specserve.bench.words import load_name, load_names
 
 
 def ratio(speedup: float, error: float | None = 0.01) -> Ratio:
@@ -47,7 +48,9 @@ def test_break_even_is_interpolated_between_loads() -> None:
     ("speedups", "kind", "text"),
     [
         ((1.5, 1.3, 1.2), "beyond", "B still wins at concurrency 4, the highest load measured."),
-        ((0.9, 0.8), "never", "B wins at no load measured, from concurrency 1 to concurrency 2."),
+        ((0.9, 0.8), "never", "B was not found to win at any load measured, from concurrency 1 to concurrency 2."),
+        ((1.01, 0.8), "never", "B was not found to win at any load measured, from concurrency 1 to concurrency 2."),
+        ((1.5, 1.3, 1.005), "open", "B was not found to stop winning up to concurrency 4, the highest load measured."),
         ((1.001, 0.999, 1.0), "no difference", "Nobody was found to win at any load measured, from concurrency 1"),
         ((0.8, 1.4, 1.2, 0.8), "at", "B stops winning at about concurrency 5.5 ("),
     ],
@@ -73,6 +76,9 @@ def test_break_even_needs_two_loads_and_bounds_need_errors() -> None:
     found = break_even("rate", [*points(1.5), (2.0, ratio(0.9, None))])
     assert found is not None
     assert (found.kind, found.bounded, found.low, found.high) == ("at", False, None, None)
+    found = break_even("rate", points(1.5, 0.9, error=None))
+    assert found is not None
+    assert found.kind == "no difference"  # without bounds nobody was found to win
 
 
 def test_crossings_of_many_draws() -> None:
@@ -169,10 +175,14 @@ def test_what_a_reader_must_know(fake: Callable[..., Any]) -> None:
 
 
 def test_loads_come_by_size_and_are_named() -> None:
-    loads: list[dict[str, float | int | str]] = [{"rate": "inf"}, {"rate": 16.0}, {"rate": 2.5}]
+    loads: list[Load] = [{"rate": "inf"}, {"rate": 16.0}, {"rate": 2.5}]
     runs = [RunRecord("A", 0, load, 1.0, []) for load in loads]
     assert [load["rate"] for load, _ in by_load(runs)] == [2.5, 16.0, "inf"]
     assert load_name({"rate": 2.5, "adapters": 8}) == "2.5 requests/s, 8 adapters"
+    assert load_names([{"concurrency": 1}]) == "concurrency 1"
+    assert load_names([{"rate": 1}, {"rate": 2.5}, {"rate": 4}]) == "1, 2.5 and 4 requests/s"
+    assert load_names([{"rate": 2.0**place} for place in range(7)]) == "1 to 64 requests/s"
+    assert load_names([{"rate": 1}, {"rate": 1, "rank": 8}]) == "1 requests/s and 1 requests/s, rank 8"
     assert varied([{"rate": 1, "rank": 8}, {"rate": 2, "rank": 8}]) == ["rate"]
 
 

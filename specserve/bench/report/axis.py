@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from specserve.bench.compare import varied
-from specserve.bench.pairs import Load
+from specserve.bench.records import Load
 
 AXES = {
     "concurrency": "requests at a time", "rate": "requests/s sent", "adapters": "adapters", "rank": "rank of adapters",

@@ -13,7 +13,7 @@ from specserve.bench.pairs import by_load
 from specserve.bench.records import Comparison, RunRecord
 from specserve.bench.report.axis import is_number, load_axis, main_axis
 from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas, legend
-from specserve.bench.verdict import load_name
+from specserve.bench.words import load_name
 
 Value = Callable[[Summary], float]
 PANELS: dict[str, Value] = {

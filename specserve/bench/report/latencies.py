@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from specserve.bench.metrics import LATENCIES, timing
-from specserve.bench.pairs import Load, by_load
-from specserve.bench.records import Comparison, RunRecord
+from specserve.bench.pairs import by_load
+from specserve.bench.records import Comparison, Load, RunRecord
 from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas
-from specserve.bench.verdict import load_name
+from specserve.bench.words import load_name
 
 POINTS = 300  # of a line: a picture needs no more, however many values there are
 SHOWN = 3  # loads in one picture: the least, the middle one, the most

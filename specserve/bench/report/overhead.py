@@ -9,11 +9,11 @@ from matplotlib.ticker import FuncFormatter
 
 from specserve.bench.compare import varied
 from specserve.bench.metrics import summarise
-from specserve.bench.pairs import Load, by_load
-from specserve.bench.records import Comparison, RunRecord
+from specserve.bench.pairs import by_load
+from specserve.bench.records import Comparison, Load, RunRecord
 from specserve.bench.report.axis import AXES, is_number, load_axis
 from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas, legend
-from specserve.bench.verdict import load_name, number
+from specserve.bench.words import load_name, number
 
 VARIED = ("adapters", "rank")
 MOST = 6  # lines; of more, each variant's last one, of the most of what else was varied

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -11,7 +11,7 @@ from string import Template
 from specserve.bench.compare import Compared
 from specserve.bench.records import Comparison, VariantInfo
 from specserve.bench.report.tables import at_a_glance, details
-from specserve.bench.verdict import break_even_text, cautions, load_name, verdict
+from specserve.bench.verdict import break_even_lines, cautions, verdict
 
 COLOURS = 6  # of variants, in the style sheet
 HOW = (
@@ -59,16 +59,9 @@ def _head(comparison: Comparison) -> str:
 def _outcome(compared: Compared) -> str:
     """What a reader sees in ten seconds."""
     said = [f'<p class="caution">{escape(line)}</p>' for line in cautions(compared)]
-    notes = [f'<p class="note">{escape(line)}</p>' for line in _break_evens(compared)]
+    notes = [f'<p class="note">{escape(line)}</p>' for line in break_even_lines(compared, told=True)]
     parts = [f"<h1>{escape(verdict(compared))}</h1>", *said, at_a_glance(compared), *notes]
     return f"<section>{''.join(parts)}</section>"
-
-
-def _break_evens(compared: Compared) -> Iterable[str]:
-    """What the verdict does not say already."""
-    for others, one in compared.break_evens:
-        if others or one.kind in ("beyond", "never"):
-            yield (f"With {load_name(others)}: " if others else "") + break_even_text(one, compared.b.variant)
 
 
 def _figure(svg: str, caption: str, wide: bool) -> str:

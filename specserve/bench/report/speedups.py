@@ -11,10 +11,11 @@ from matplotlib.ticker import FuncFormatter
 
 from specserve.bench.compare import Compared, along
 from specserve.bench.report.axis import load_axis, main_axis
+from specserve.bench.report.tables import SHOWN
 from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas, legend
-from specserve.bench.report.words import SHOWN, metric_name
 from specserve.bench.stats import Ratio
-from specserve.bench.verdict import load_name, number, outcome
+from specserve.bench.verdict import outcome
+from specserve.bench.words import load_name, metric_name, number
 
 
 def speedups(compared: Compared) -> list[Picture]:

@@ -7,9 +7,9 @@ from html import escape
 from math import log
 
 from specserve.bench.compare import AtLoad, Compared, along
-from specserve.bench.report.words import metric_name, shown
 from specserve.bench.stats import Ratio
-from specserve.bench.verdict import load_name, outcome
+from specserve.bench.verdict import outcome
+from specserve.bench.words import load_name, metric_name
 
 CLASSES = {"faster": "faster", "slower": "slower", "no difference": "same", "too few": "few"}
 TOLD = {
@@ -18,6 +18,11 @@ TOLD = {
     "no difference": "no difference found",
     "too few": "too few requests to say",
 }
+SHOWN = (
+    "mean_e2el_ms", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_itl_ms", "output_throughput",
+    "request_goodput",
+)  # fmt: skip
+"""Metrics that a reader sees at first; all the rest stands further down."""
 ROWS = 10  # of the first table
 WIDTH, HEIGHT, PAD = 170, 26, 8  # of a strip, in pixels
 
@@ -139,6 +144,13 @@ def _cell(ratio: Ratio | None) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 10 else f"{value:.1f}"
+
+
+def shown(compared: Compared) -> list[str]:
+    """Of SHOWN, what at least one load has bounds for; if nothing has, what there is."""
+    known = {metric: [at.ratios[metric] for at in compared.loads if metric in at.ratios] for metric in SHOWN}
+    bounded = [metric for metric in SHOWN if any(ratio.bounds is not None for ratio in known[metric])]
+    return bounded or [metric for metric in SHOWN if known[metric]]
 
 
 def _reach(loads: Sequence[AtLoad]) -> float:

@@ -13,6 +13,7 @@ from specserve.bench.metrics import Slos
 from specserve.bench.records import Comparison
 from specserve.bench.report.page import page
 from specserve.bench.report.rows import rows
+from specserve.core.errors import InvalidRequestError
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -34,10 +35,14 @@ def write_report(
 ) -> Report:
     """Of whatever there is: runs cut short, one side alone, none. `told` hears of each picture before it is drawn.
 
-    Without matplotlib the report has no pictures and says why; raises MissingPackageError without scipy.
+    Without matplotlib the report has no pictures and says why. Raises MissingPackageError without scipy, and
+    InvalidRequestError for a folder that cannot be made.
     """
     found = comparisons(comparison, slos, confidence)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequestError(f"{folder} cannot be made: {error.strerror}.", param="output") from error
     html, jsonl = folder / "report.html", folder / "report.jsonl"
     jsonl.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows(comparison, found, slos)))
     figures: list[tuple[str, str, bool]] = []
