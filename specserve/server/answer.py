@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from specserve.core.errors import SpecserveError
-from specserve.engine.client.generation import Delta, Usage, join_deltas
+from specserve.engine.client.generation import Usage
+from specserve.engine.client.sequence import Delta, join_deltas
 from specserve.server.protocol import GenerateBody
 
 _ENCODER = msgspec.json.Encoder()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from specserve.core.messages import TokenLogprobs
-from specserve.engine.client.generation import Delta
+from specserve.engine.client.sequence import Delta
 from specserve.engine.client.tokenizer import Tokenizer
 
 # What OpenAI's API and vLLM write for a probability of 0, since JSON has no infinity.

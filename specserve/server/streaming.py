@@ -8,7 +8,8 @@ from typing import Any
 from aiohttp import HttpVersion11, web
 
 from specserve.core.errors import EngineDeadError, SpecserveError
-from specserve.engine.client.generation import Delta, Generation, join_deltas
+from specserve.engine.client.generation import Generation
+from specserve.engine.client.sequence import Delta, join_deltas
 from specserve.server.answer import Answer, event_bytes, says_something
 from specserve.server.errors import error_body, json_response
 
@@ -57,10 +58,14 @@ def direct_writer(
 ) -> Callable[[], None] | None:
     """Writes what is queued into a response that has begun, in the turn of whoever calls: to wake a task and write
     through it costs more than all the rest of an event. The task gets what is not written here: whatever begins or ends
-    a choice, and everything while the client reads too slowly. None where the response is not chunked (HTTP/1.0).
+    a choice, and everything while the client reads too slowly.
+
+    An event becomes a chunk of HTTP/1.1 (RFC 9112, section 7.1) here, past aiohttp's writer. That mixes with what the
+    task writes, for aiohttp passes each write of a response that has begun to the transport before it waits for
+    anything. None where that would not be so: without chunks (HTTP/1.0), or compressed, which keeps bytes back.
     """
     transport = request.transport
-    if transport is None or not response.chunked:
+    if transport is None or not response.chunked or response.compression:
         return None
     limit = transport.get_write_buffer_limits()[1]
 

@@ -16,7 +16,7 @@ from benchmarks.streaming import Setting, measure
 from benchmarks.streaming_client import Counts
 from benchmarks.streaming_core import word_ids
 from specserve.config import DEMO_ROOT
-from specserve.engine.client.generation import Delta
+from specserve.engine.client.sequence import Delta
 from specserve.engine.client.tokenizer import Tokenizer
 from specserve.server import chat, completions
 from specserve.server.answer import Answer

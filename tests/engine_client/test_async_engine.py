@@ -25,8 +25,9 @@ from specserve.core.messages import AddRequest, ListAdapters, LoadAdapter, LoraR
 from specserve.core.sampling_params import SamplingParams, SpeculationParams
 from specserve.core.seeds import derive_seed
 from specserve.engine.client.async_engine import AsyncEngine
-from specserve.engine.client.generation import Delta, Generation
+from specserve.engine.client.generation import Generation
 from specserve.engine.client.recorder import FinishedRequest
+from specserve.engine.client.sequence import Delta
 from specserve.engine.client.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)

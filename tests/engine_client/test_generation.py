@@ -9,7 +9,8 @@ import pytest
 
 from specserve.core.errors import EngineDeadError
 from specserve.core.messages import TokenLogprobs
-from specserve.engine.client.generation import Delta, Generation, Sequence, join_deltas
+from specserve.engine.client.generation import Generation
+from specserve.engine.client.sequence import Delta, Sequence, join_deltas
 
 A, B, C = TokenLogprobs(1, -1.0), TokenLogprobs(2, -2.0), TokenLogprobs(3, -3.0)
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 from typing import Any
+from unittest.mock import MagicMock
 from urllib.parse import urlsplit
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serverkit.processes import DEADLINE, Server, wait_until
 from serverkit.tiny import make_tokenizer
 from specserve.core.messages import TokenLogprobs
-from specserve.engine.client.generation import Delta
+from specserve.engine.client.generation import Generation
+from specserve.engine.client.sequence import Delta
 from specserve.engine.client.tokenizer import Tokenizer
 from specserve.server import chat, completions
 from specserve.server.answer import Answer, Dialect, event_bytes
+from specserve.server.streaming import direct_writer
 
 TOKENIZER = Tokenizer(make_tokenizer())
 DIALECTS = [chat._dialect(TOKENIZER), completions._dialect(TOKENIZER)]
@@ -180,3 +186,30 @@ def test_old_clients_get_events_without_chunks(scripted_server: Server, version:
     *chunks, usage = events(unchunked(raw) if version == "1.1" else raw)
     assert texts(chunks) == {0: echo(50)}
     assert usage["usage"]["completion_tokens"] == 50
+
+
+def test_a_connection_is_used_again_after_a_stream(scripted_server: Server) -> None:
+    url = urlsplit(scripted_server.url)
+    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=DEADLINE)
+    first = None
+    for count in (200, 30):
+        body = {"prompt": PROMPT, "max_tokens": count, "temperature": 0, "stream": True}
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        first = first or connection.sock
+        assert texts(events(connection.getresponse().read())) == {0: echo(count)}
+        assert connection.sock is first
+    connection.close()
+
+
+@pytest.mark.parametrize(("chunked", "compressed"), [(True, False), (True, True), (False, False)])
+def test_what_goes_past_aiohttp_is_chunks_that_it_would_write_at_once(chunked: bool, compressed: bool) -> None:
+    response = web.StreamResponse()
+    if chunked:
+        response.enable_chunked_encoding()
+    if compressed:
+        response.enable_compression()
+    generation = Generation([], lambda sequences: None)
+    write = direct_writer(
+        make_mocked_request("POST", "/", transport=MagicMock()), response, generation, twins(DIALECTS[0])[0]
+    )
+    assert (write is not None) == (chunked and not compressed)

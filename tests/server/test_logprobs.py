@@ -8,7 +8,7 @@ import msgspec
 
 from serverkit.tiny import make_tokenizer
 from specserve.core.messages import TokenLogprobs
-from specserve.engine.client.generation import Delta
+from specserve.engine.client.sequence import Delta
 from specserve.engine.client.tokenizer import Tokenizer
 from specserve.server.logprobs import LOWEST, chat_logprobs, completion_logprobs
 

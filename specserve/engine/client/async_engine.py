@@ -29,11 +29,12 @@ from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
 from specserve.engine.client.admission import Admission
 from specserve.engine.client.bad_words import with_word_tokens
-from specserve.engine.client.generation import Delta, Generation, Sequence, begin_sequence
+from specserve.engine.client.generation import Generation
 from specserve.engine.client.launch import ENGINE_CORE
 from specserve.engine.client.recorder import NoRecorder, Recorder, account, note_tokens
 from specserve.engine.client.recovery import AdapterBook, AdapterCall, Supervisor
 from specserve.engine.client.seeds import SeedSource
+from specserve.engine.client.sequence import Delta, Sequence, begin_sequence
 from specserve.engine.client.statistics import merge_stats
 from specserve.engine.client.tokenizer import Tokenizer
 from specserve.engine.client.validation import check_lora, resolve_params

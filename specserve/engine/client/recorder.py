@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from specserve.core.messages import FinishReason
-from specserve.engine.client.generation import Sequence
+from specserve.engine.client.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
