@@ -87,6 +87,8 @@ class _Models(msgspec.Struct):
 
 async def look(url: str, headers: Mapping[str, str]) -> Found:
     """Ask a server's /v1/models; raises InvalidRequestError if it does not answer as such servers do."""
+    if not url.startswith(("http://", "https://")):
+        raise InvalidRequestError(f"{url!r} is no URL of a server: http://HOST:PORT.", param="base_url")
     timeout = aiohttp.ClientTimeout(total=ASK_SECONDS)
     try:
         async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:

@@ -156,6 +156,11 @@ def test_what_cannot_be_is_one_sentence(
     assert not server.bodies
 
 
+def test_a_url_without_its_scheme_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", "--base-url", "127.0.0.1:8000"]) == 2
+    assert capsys.readouterr().err == "specserve: '127.0.0.1:8000' is no URL of a server: http://HOST:PORT.\n"
+
+
 def test_no_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with FakeOpenAI() as server:
         pass
