@@ -12,11 +12,11 @@ from msgspec import structs
 
 from benchmarks.engine import Row, Workload
 from benchmarks.engines.specserve import Sequel, SpecserveEngine
+from benchmarks.twin import FORCED
 from specserve.core.sampling_params import SamplingParams, SpeculationParams
 from specserve.scheduling.cost_table import MAX_AUTO_DRAFTS, MAX_POSITIONS
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # of sampled cells
-FORCED = 4  # drafts a step on the twin beside the engine's choice, which may be none there
 WARM_UP_PROMPT, WARM_UP_TOKENS = 64, 16
 AdapterKind = Literal["none", "plain", "companions"]
 Sampling = Literal["greedy", "rejection", "coupled"]

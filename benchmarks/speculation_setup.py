@@ -15,7 +15,7 @@ from benchmarks.engines import Mode, Setup, release_memory
 from benchmarks.engines.specserve import SpecserveEngine
 from benchmarks.shapes import PairSettings, load_settings
 from benchmarks.speculation_runs import Cell
-from benchmarks.twin import check_cells
+from benchmarks.twin import add_forced, check_cells
 
 COLLECTION = "speculation"  # the pair's adapters with their companions, then the same without
 
@@ -89,9 +89,8 @@ class Bench:
         passed = sum(outcome["passed"] for outcome in found.values())
         self.clock.say(f"{passed} of {len(found)} cells passed the twin")
         for cell in chosen:
-            forced = found[cell.forced]
-            found[cell]["passed"] &= forced["passed"]
-            found[cell]["forced"] = {"k": cell.forced.k, **forced}
+            assert cell.forced.drafts is not None
+            add_forced(found[cell], found[cell.forced], cell.forced.drafts)
         release_memory()
         return found
 

@@ -45,6 +45,7 @@ from specserve_kernels.tolerances import MODEL
 
 # Between what rounding gives (a quarter of rtol, half at tiny widths) and what a wrong page gives (twice and more).
 MEAN_SHARE = 0.7
+FORCED = 4  # drafts a step beside the engine's choice
 SHORTEST, SPREAD, STRIDE = 40, 73, 11  # prompt lengths: 40 … 112 tokens
 NEW_TOKENS = 24
 REPLACED_PAGE = 1  # of request 0, whose prompt is the shortest
@@ -173,8 +174,24 @@ def watch_drafts(
 def check_twin(
     setup: Setup, batches: Sequence[int], also: Callable[[SpecserveEngine], None] = lambda engine: None
 ) -> dict[int, dict[str, Any]]:
-    """Batch size → the outcome, as rows carry it. `also` is called with the engine at the end."""
-    return check_cells(setup, {batch: setup.mode.adapters(batch) for batch in batches}, also)
+    """Batch size → the outcome, as rows carry it. An engine that chooses how much to draft, which may be nothing here,
+    must also be right where it has to draft. `also` is called with the engine at the end."""
+    chosen = {(batch, 0): setup.mode.adapters(batch) for batch in batches}
+    forced = {(batch, FORCED): names for (batch, _), names in chosen.items() if setup.mode.drafts is None}
+    found = check_cells(setup, chosen | forced, also, {cell: drafting(FORCED) for cell in forced})
+    for batch, drafts in forced:
+        add_forced(found[batch, 0], found[batch, drafts], drafts)
+    return {batch: found[batch, 0] for batch in batches}
+
+
+def drafting(drafts: int) -> SamplingParams:
+    return structs.replace(GREEDY, speculation=SpeculationParams(num_draft_tokens=drafts))
+
+
+def add_forced(outcome: dict[str, Any], forced: Mapping[str, Any], drafts: int) -> None:
+    """An outcome passes if that with forced drafts does too, which it keeps."""
+    outcome["passed"] &= forced["passed"]
+    outcome["forced"] = {"k": drafts, **forced}
 
 
 def check_cells(

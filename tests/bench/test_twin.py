@@ -45,6 +45,12 @@ def test_adapters_are_exchanged_in_pairs() -> None:
     assert exchanged(["a0"], 1) == [None]
 
 
+def test_where_the_engine_chooses_it_is_also_made_to_draft(twin: Path) -> None:
+    outcome = check_twin(Setup(twin, Mode(2, None), "cpu", "float32"), [3])[3]
+    assert outcome["passed"] and outcome["forced"]["k"] == 4 and outcome["forced"]["accepted"] > 0
+    assert outcome["forced"]["draft"]["passed"] and "companions_exchanged" in outcome["forced"]["controls_failed"]
+
+
 def test_quantised_models_are_judged_by_rounded_references(twin: Path) -> None:
     """What quantising loses is no error of the engine; against weights as they are it would look like one."""
     setup = Setup(twin, Mode(2, 3), "cpu", "float32", options={"quantization": "fp8", "draft_quantization": "fp8"})
