@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from specserve.bench.deadline import Deadline
 from specserve.bench.fleet import Fleet
 from specserve.bench.kept import Kept
 from specserve.bench.plan import AbOptions, Plan
@@ -74,7 +75,7 @@ async def compare(
     fleet = Fleet(variants, folder / "logs", start_timeout=options.start_timeout, told=watcher.told)
     try:
         async with fleet:
-            await _all_turns(fleet, options, plan, sender, watcher, kept)
+            await _all_turns(fleet, options, plan, sender, watcher, kept, Deadline(options.minutes))
     except ServerFailedError as failure:
         return _stopped(kept, str(failure).rstrip("."))
     except asyncio.CancelledError:
@@ -88,7 +89,7 @@ def _stopped(kept: Kept, why: str) -> Outcome:
 
 
 async def _all_turns(
-    fleet: Fleet, options: AbOptions, plan: Plan, sender: Sender, watcher: Watcher, kept: Kept
+    fleet: Fleet, options: AbOptions, plan: Plan, sender: Sender, watcher: Watcher, kept: Kept, deadline: Deadline
 ) -> None:
     apart: str | None = "it was asked for" if options.one_at_a_time else None
     if apart is None:
@@ -108,6 +109,9 @@ async def _all_turns(
 
     server_of: Callable[[str], Awaitable[RunningServer]] = resident if apart is None else fleet.alone
     for turn in turns:
+        if apart is None and not deadline.allows(turn):
+            kept.note(f"{turn.round} of {plan.rounds} rounds measured: --minutes {options.minutes} left no more time.")
+            return
         server = await server_of(turn.variant)
         if not kept.known(turn.variant):
             told = await sender.facts(server)

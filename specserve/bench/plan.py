@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 import msgspec
 
@@ -26,12 +27,14 @@ class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rates: tuple[float, ...] = ()  # requests/s
     rounds: int = 6  # fewer know little of their own spread
     requests: int | None = None  # a run; None: twice the concurrency and some, or ten seconds of a rate
+    warm_up: int | None = None  # requests of a load's warm-up; None: as many as of a run
+    minutes: float | None = None  # no round begins that would end later than so long after the start; None: all do
     one_at_a_time: bool = False  # never two servers at once
     start_timeout: float = 900.0  # s, for a server to answer
 
     def check(self) -> None:
         """Raise InvalidRequestError naming the first flag that is out of range."""
-        for name in ("rounds", "requests", "start_timeout"):
+        for name in ("rounds", "requests", "warm_up", "minutes", "start_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise refused(name, f"must be positive, got {value}.")
@@ -41,6 +44,8 @@ class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                     raise refused(name, f"must hold positive numbers, not {value}.")
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise refused(name, "must name each load once.")
+        if self.one_at_a_time and self.minutes is not None:
+            raise refused("minutes", "goes with servers that are resident together: leave --one-at-a-time out.")
 
     def loads(self, *, timed: bool) -> list[Load]:
         """The loads in their order; a dataset that tells when requests come is the only one."""
@@ -75,16 +80,16 @@ def make_plan(options: AbOptions, trace: TraceOptions, tokens: Callable[[], Toke
     found: dict[tuple[str, int], list[TracedRequest]] = {}
     for number, load in enumerate(loads):
         count = _requests(options, load)
+        sizes = [options.warm_up or count, *[count] * options.rounds]
         asked = msgspec.structs.replace(
-            trace, num_prompts=count * (options.rounds + 1), seed=trace.seed + number, request_rate=_rate(trace, load)
+            trace, num_prompts=sum(sizes), seed=trace.seed + number, request_rate=_rate(trace, load)
         )
         whole = make_trace(asked, tokens)
-        parts = [_from_zero(whole[start : start + count]) for start in range(0, len(whole), count)]
-        if len(parts) < options.rounds + 1:
-            wanted = f"{options.rounds} and a warm-up take {count * (options.rounds + 1)} requests"
+        if len(whole) <= sum(sizes[:-1]):  # the last round may have fewer
+            wanted = f"{options.rounds} and a warm-up take {sum(sizes)} requests"
             raise refused("rounds", f"{wanted}, but the dataset has {len(whole)}.")
-        for part, requests in zip((WARM_UP, *range(options.rounds)), parts, strict=False):
-            found[load_name(load), part] = requests
+        for part, (start, end) in enumerate(pairwise(accumulate(sizes, initial=0)), WARM_UP):
+            found[load_name(load), part] = _from_zero(whole[start:end])
     return Plan(loads, options.rounds, found)
 
 

@@ -140,6 +140,16 @@ def test_one_at_a_time_is_measured_in_blocks(fake: Fake, tmp_path: Path) -> None
     assert outcome.comparison.facts["turns"].endswith("(it was asked for)")
 
 
+def test_when_the_minutes_are_over_no_round_begins(fake: Fake, tmp_path: Path) -> None:
+    options = msgspec.structs.replace(SMALL, minutes=0.001, rounds=3)
+    outcome = asyncio.run(run(tmp_path, fake("A"), fake("B"), options=options))
+    assert outcome.stopped is None
+    assert [(one.variant, one.round, one.complete) for one in outcome.comparison.runs] == [
+        ("A", 0, True), ("B", 0, True),
+    ]  # fmt: skip
+    assert outcome.comparison.facts["notes"] == ["1 of 3 rounds measured: --minutes 0.001 left no more time."]
+
+
 def test_a_side_that_dies_leaves_what_was_measured(fake: Fake, tmp_path: Path) -> None:
     # 6 to warm up, 6 of its first round, 3 of its second.
     outcome = asyncio.run(run(tmp_path, fake("A"), fake("B", "--die-after", "15")))

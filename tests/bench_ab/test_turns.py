@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from specserve.bench.deadline import Deadline
 from specserve.bench.options import TraceOptions
 from specserve.bench.plan import AbOptions, make_plan
 from specserve.bench.records import Load
@@ -86,11 +87,52 @@ def test_rates_begin_every_run_at_once_and_last_ten_seconds() -> None:
     assert plan.loads == [{"rate": 5.0}]
 
 
+def test_a_warm_up_may_be_short() -> None:
+    plan = make_plan(AbOptions(rates=(5.0, 8.0), rounds=2, warm_up=4), TraceOptions(), Numbers)
+    assert [len(trace) for trace in plan.traces.values()] == [4, 50, 50, 4, 80, 80]
+    prompts = [tuple(one.prompt) for trace in plan.traces.values() for one in trace]
+    assert len(set(prompts)) == len(prompts)
+    assert all(trace[0].arrival == 0.0 for trace in plan.traces.values())
+
+
+def test_no_round_begins_that_would_end_too_late() -> None:
+    """Rounds of 40 s after a start of 60 s and a warm-up of 10: three end within 210 s, a fourth would not."""
+    clock = [0.0]
+    deadline = Deadline(3.5, lambda: clock[0])
+    clock[0] = 60.0
+    begun = []
+    for turn in interleaved(["A", "B"], [ONE, MANY], 6):
+        if not deadline.allows(turn):
+            break
+        begun.append(turn)
+        clock[0] += 2.5 if turn.warm_up else 10.0
+    assert names(begun) == "abab" + "ABAB" + "BABA" + "ABAB"
+    assert clock[0] == 60.0 + 4 * 2.5 + 3 * 40.0
+
+
+def test_the_longest_round_counts_and_the_first_one_always_begins() -> None:
+    clock = [0.0]
+    deadline, (first, second, third) = Deadline(1.0, lambda: clock[0]), (Turn("A", ONE, number) for number in range(3))
+    clock[0] = 100.0  # a start that took all of the time
+    assert deadline.allows(first)
+    assert not deadline.allows(second)
+    deadline = Deadline(1.0, lambda: clock[0])
+    assert deadline.allows(first)
+    clock[0] = 125.0
+    assert deadline.allows(second)
+    clock[0] = 136.0  # 11 s, but the one before took 25
+    assert not deadline.allows(third)
+    assert Deadline(None, lambda: clock[0]).allows(third)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (AbOptions(rounds=0), "--rounds must be positive"),
         (AbOptions(requests=0), "--requests must be positive"),
+        (AbOptions(warm_up=0), "--warm-up must be positive"),
+        (AbOptions(minutes=math.nan), "--minutes must be positive"),
+        (AbOptions(minutes=5.0, one_at_a_time=True), "--minutes goes with servers that are resident together"),
         (AbOptions(concurrency=(4, 0)), "--concurrency must hold positive numbers, not 0"),
         (AbOptions(rates=(math.nan,)), "--rates must hold positive numbers"),
         (AbOptions(rates=(math.inf,)), "--rates must hold positive numbers"),
