@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from specserve.bench.compare import AtLoad, Compared
 from specserve.bench.metrics import Summary
-from specserve.bench.verdict import break_even_lines, cautions, stated, verdict
+from specserve.bench.verdict import break_even_lines, cautions, notes, stated, verdict
 from specserve.bench.words import load_name, metric_name
 
 ROWS = (
@@ -13,7 +13,6 @@ ROWS = (
 )  # fmt: skip
 GOODPUT = "request_goodput"
 MAX_SHOWN = 60  # characters of a difference
-ITL = "ITL: between two events of a stream, which bring several tokens each where drafts are accepted."
 
 
 def text(compared: Compared) -> str:
@@ -29,7 +28,7 @@ def text(compared: Compared) -> str:
         "",
         f"×: how many times as good {b.variant} is as {a.variant}, with the interval that holds it at "
         f"{100 * compared.confidence:g} %.",
-        *([ITL] if any(at.a.acceptance or at.b.acceptance for at in compared.loads) else []),
+        *notes(compared),
         *break_even_lines(compared),
         *_equality(compared),
     ]

@@ -48,7 +48,7 @@ class Slos(msgspec.Struct, frozen=True, omit_defaults=True):
         found: dict[str, float] = {}
         for text in texts:
             name, _, value = text.partition(":")
-            if name not in cls.__struct_fields__ or not value.replace(".", "", 1).isdigit():
+            if name not in cls.__struct_fields__ or not value.replace(".", "", 1).isdecimal():
                 fields = ", ".join(cls.__struct_fields__)
                 raise InvalidRequestError(f"{text!r} is not NAME:MILLISECONDS with NAME of {fields}.", param="goodput")
             found[name] = float(value)

@@ -7,8 +7,8 @@ whole sample's quantile Q̂(p), which is smooth in the weights where the quantil
     log Q*(p) = log Q̂(p) + s(p) · (share of values ≤ Q̂(p), in the whole sample − in the resample)
 
 with s = d log Q̂ / dp over the bandwidth of Hall and Sheather 1988. That is Bahadur's representation, resampled: the
-bootstrap of an estimating function (Hu and Kalbfleisch 2000). Looking quantiles up counts every jump as spread, and
-made the bounds of medians twice as wide as they had to be.
+bootstrap of an estimating function (Hu and Kalbfleisch 2000). Looking quantiles up counts every jump as spread, and so
+gives wider bounds than there need be.
 """
 
 from __future__ import annotations

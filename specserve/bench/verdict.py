@@ -13,6 +13,7 @@ from specserve.bench.words import LISTED, load_name, load_names, number
 
 Outcome = Literal["faster", "slower", "no difference", "too few"]
 TELLING = 1.2  # bounds around 1 that are further apart than this factor hide what would be worth knowing
+ITL = "ITL: from one event of a stream to the next, which brings several tokens where drafts are accepted."
 LONGER = 1.02  # answers whose lengths differ by more make times hard to compare
 
 
@@ -71,6 +72,12 @@ def cautions(compared: Compared) -> list[str]:
         told = f"{lengths[0]:.1f} tokens on average with {a}, {lengths[1]:.1f} with {b}"
         found.append(f"Answers differ in length ({told}): compare times per token rather than E2EL.")
     return found
+
+
+def notes(compared: Compared) -> list[str]:
+    """What a reader of single figures may take wrongly."""
+    drafted = any(at.a.acceptance or at.b.acceptance for at in compared.loads)
+    return [ITL] if drafted else []
 
 
 def stated(ratio: Ratio | None) -> str:

@@ -103,6 +103,8 @@ def test_the_page_says_at_once_who_wins(report: tuple[Path, str]) -> None:
     verdicts = [row["verdict"] for row in rows(folder) if row["kind"] == "verdict"]
     assert len(verdicts) == 1
     assert page.text.index(verdicts[0]) < page.text.index("E2EL mean") < page.text.index("Pictures")
+    assert re.search(r"<h1>B is [^(]*<small>\(95 %: [^<]*\)</small>", text)
+    assert page.text.index("ITL: from one event") < page.text.index("Pictures")  # drafts were accepted
     assert page.tags.count("figure") == 5
     assert "the first 100.0% of a text" not in page.text
     assert "answers of A and B are the same text (100.0%)" in page.text

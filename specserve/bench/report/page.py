@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -11,7 +12,7 @@ from string import Template
 from specserve.bench.compare import Compared
 from specserve.bench.records import Comparison, VariantInfo
 from specserve.bench.report.tables import at_a_glance, details
-from specserve.bench.verdict import break_even_lines, cautions, verdict
+from specserve.bench.verdict import break_even_lines, cautions, notes, verdict
 
 COLOURS = 6  # of variants, in the style sheet
 HOW = (
@@ -29,8 +30,8 @@ def page(
     """`figures`: (<svg>, caption, whether it takes a row of its own). `note`: what is missing, for the reader."""
     parts = [_head(comparison)]
     parts += [_outcome(compared) for compared in found]
-    notes = [*map(str, comparison.facts.get("notes", [])), *([note] if note else [])]
-    parts += [f'<p class="caution">{escape(line)}</p>' for line in notes]
+    missing = [note] if note else []
+    parts += [_caution(str(line)) for line in (*comparison.facts.get("notes", []), *missing)]
     if figures:
         parts.append('<h2>Pictures</h2><div class="figures">' + "".join(_figure(*one) for one in figures) + "</div>")
     parts += [_answers(compared) for compared in found]
@@ -58,15 +59,29 @@ def _head(comparison: Comparison) -> str:
 
 def _outcome(compared: Compared) -> str:
     """What a reader sees in ten seconds."""
-    said = [f'<p class="caution">{escape(line)}</p>' for line in cautions(compared)]
-    notes = [f'<p class="note">{escape(line)}</p>' for line in break_even_lines(compared, told=True)]
-    parts = [f"<h1>{escape(verdict(compared))}</h1>", *said, at_a_glance(compared), *notes]
+    said = map(_caution, cautions(compared))
+    below = [*break_even_lines(compared, told=True), *notes(compared)]
+    parts = [f"<h1>{_emphasised(verdict(compared))}</h1>", *said, at_a_glance(compared)]
+    parts += [f'<p class="note">{escape(line)}</p>' for line in below]
     return f"<section>{''.join(parts)}</section>"
+
+
+def _caution(line: str) -> str:
+    return f'<p class="caution">{escape(line)}</p>'
+
+
+def _emphasised(sentence: str) -> str:
+    """What is in parentheses (bounds, numbers of pairs) stands back, each part of it on one line."""
+
+    def quiet(found: re.Match[str]) -> str:
+        return f"<small>{found[0]}</small>"
+
+    return re.sub(r"\([^()]*\)", quiet, escape(sentence))
 
 
 def _figure(svg: str, caption: str, wide: bool) -> str:
     kind = ' class="wide"' if wide else ""
-    return f"<figure{kind}>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f'<figure{kind}><div class="scroll">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _answers(compared: Compared) -> str:

@@ -60,12 +60,12 @@ def matrix(compared: Compared) -> str:
     heads = "".join(f"<th>{escape(metric_name(metric))}</th>" for metric in metrics)
     reach = _reach(compared.loads)
     body = "".join(
-        f"<tr><th>{escape(load_name(at.load) or 'all requests')}</th><td>{strip(at.headline, reach)}</td>"
+        f"<tr><th>{escape(load_name(at.load) or 'all requests')}</th><td class='strip'>{strip(at.headline, reach)}</td>"
         f"{''.join(_cell(at.ratios.get(metric)) for metric in metrics)}</tr>"
         for at in compared.loads
     )
     a, b = escape(compared.a.variant), escape(compared.b.variant)
-    sides = f"<th>← {a} faster · {b} faster →</th>"
+    sides = f"<th class='strip'>← {a} faster · {b} faster →</th>"
     head = f"<thead><tr><th>times as fast as {a}</th>{sides}{heads}</tr></thead>"
     return f'<div class="scroll"><table class="matrix">{head}<tbody>{body}</tbody></table></div>'
 
