@@ -63,7 +63,7 @@ def load_angles(cos_ptr, sin_ptr, token, column, mask, DIM: tl.constexpr):
 
 
 @triton.jit
-def _finite(x):
+def only_finite(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
@@ -72,7 +72,7 @@ def rotated(low, high, is_rotated, weight_low, weight_high, eps, cos, sin,
             DIM: tl.constexpr, NORM: tl.constexpr, FINITE: tl.constexpr):  # fmt: skip
     """The halves of heads, float32, after all steps above but the last: values are only made finite."""
     if FINITE:
-        low, high = _finite(low), _finite(high)
+        low, high = only_finite(low), only_finite(high)
     x, y = low, high
     if NORM:
         inverse = tl.rsqrt(tl.sum(x * x + y * y, axis=1, keep_dims=True) / DIM + eps)

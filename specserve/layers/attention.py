@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from specserve.layers.context import ForwardContext
+from specserve.layers.context import ForwardContext, LoraUpdate
 from specserve.layers.linear import Linear
 from specserve.layers.norm import HeadNorm, RMSNorm
-from specserve_kernels.attention.paged import PreparedAttention, paged_attention
+from specserve_kernels.attention.paged import PreparedAttention, paged_attention, qkv_attention
 from specserve_kernels.qkv import rotate_and_cache
 from specserve_kernels.skinny.ahead import Ahead
 
@@ -54,12 +54,23 @@ class Attention:
     ) -> Ahead | None:
         """residual [T, hidden] += attention(norm(residual)), in place; `ahead` and `then` as in Linear."""
         qkv, update = self._qkv.forward(residual, norm, ctx, ahead)
+        attended = self._attend(qkv, update, ctx, step)
+        return self._out.add_to(residual, attended.reshape(residual.shape[0], -1), ctx, then)
+
+    def _attend(self, qkv: Tensor, update: LoraUpdate | None, ctx: ForwardContext, step: Step) -> Tensor:
+        """[T, heads, head_dim]. What adapters add to qkv is taken in where qkv is read first, which attention itself
+        can only be where nothing is left to add."""
         k_cache, v_cache = ctx.kv_caches[self._layer]
+        norm = self._head_norm.weight_and_eps if self._head_norm is not None else None
+        finite = ctx.lora is not None  # an adapter may overflow; the cache must not keep what is not finite
+        if update is None and step.attention.takes_qkv:
+            return qkv_attention(
+                qkv, step.cos, step.sin, k_cache, v_cache, step.attention, self._scale, self._window,
+                norm=norm, finite=finite,
+            )  # fmt: skip
         rotate = rotate_and_cache if update is None else update.rotate_and_cache
         q = rotate(
             qkv, step.cos, step.sin, k_cache, v_cache, step.attention.slot_mapping,
-            heads=self._heads, norm=self._head_norm.weight_and_eps if self._head_norm is not None else None,
-            finite=ctx.lora is not None,  # an adapter may overflow; the cache must not keep what is not finite
+            heads=self._heads, norm=norm, finite=finite,
         )  # fmt: skip
-        attended = paged_attention(q, k_cache, v_cache, step.attention, self._scale, self._window)
-        return self._out.add_to(residual, attended.reshape(residual.shape[0], -1), ctx, then)
+        return paged_attention(q, k_cache, v_cache, step.attention, self._scale, self._window)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,11 +21,13 @@ from lawbook.engines import open_engine, run
 from lawbook.mixes import Ask, Lora, asks, prompt, speculating
 from lawbook.zoo import Zoo, build_zoo
 from specserve.core.messages import LoraRef
+from specserve.layers import attention as attention_layer
 from specserve.llm import LLM, Output
 from specserve.runtime import step_graphs as step_graphs_module
 from specserve.runtime.capture import GraphSet
 from specserve.runtime.step_graphs import Sizes
 from specserve_kernels import dispatch
+from specserve_kernels.attention import paged
 from specserve_kernels.lora import load as lora_load
 from specserve_kernels.tolerances import MODEL
 
@@ -48,6 +51,7 @@ class Scenario:
     budget: int | None = None
     graphs: bool = False
     num_new: int = 2  # of the first request, each of the others one more
+    fused: bool = False  # whether attention takes raw qkv where it can
 
     def batch(self, num_drafts: int) -> list[Ask]:
         """Every request with the processors of its place, and log-probabilities."""
@@ -68,6 +72,9 @@ SCENARIOS = {
     "adapters": Scenario(Case("llama", "near_draft", "greedy-rejection", 2, "base"), (18, 5), MIXED[1:], drafts=(2,)),
     "window": Scenario(Case("mistral", "random", "sampled-coupled", 2, "base"), (41, 1), budget=19, drafts=(2, 0)),
     "bias": Scenario(Case("qwen2", "near_draft", "sampled-rejection", 2, "base"), (3, 17), MIXED[1:2], drafts=(2,)),
+    "fused": Scenario(
+        Case("qwen3", "near_draft", "greedy-rejection", 2, "base"), (3, 5), MIXED[:2], drafts=(2,), fused=True
+    ),
     # Two rows decode before a third comes, whose adapters are read meanwhile.
     "graphs": Scenario(
         Case("qwen3", "near_draft", "greedy-coupled", 2, "base"),
@@ -115,9 +122,12 @@ def interpreted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_triton_is_the_reference(
-    name: str, device: torch.device, interpreted: Callable[[], None], tmp_path: Path
+    name: str, device: torch.device, interpreted: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenario = SCENARIOS[name]
+    monkeypatch.setattr(paged, "FUSED", paged.FUSED or scenario.fused)
+    taken = mock.Mock(wraps=paged.qkv_attention)
+    monkeypatch.setattr(attention_layer, "qkv_attention", taken)
     zoo = build_zoo(scenario.case.family, tmp_path)
     wanted = _answers(_engine(zoo, scenario, "cpu"), scenario)
     interpreted()
@@ -130,6 +140,7 @@ def test_triton_is_the_reference(
     if scenario.graphs and device.type == "cpu":
         _assert_replayed(llm)
     rtol, atol = MODEL[torch.float32]
+    assert taken.called == paged.FUSED
     for ours, reference in zip(answers, wanted, strict=True):
         assert ours.token_ids == reference.token_ids
         assert ours.cached_tokens == reference.cached_tokens

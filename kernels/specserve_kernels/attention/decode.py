@@ -8,6 +8,8 @@ of head kv_head * groups + r % groups. Scores and sums are fp32, with an online 
 rounded to the cache's dtype for the product with V. The last program of a sequence to finish adds up the parts
 (`attention_combine`) in their order, whoever came last, so that equal inputs give equal bits. The reference is
 `attention_ref.attend`.
+
+Given a Rotation, it takes qkv as the product leaves it, and does the steps of `qkv.rotate_and_cache` too (see `raw`).
 """
 
 from __future__ import annotations
@@ -20,18 +22,24 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.attention.combine import AHEAD, COMBINED, combine
-from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape
-from specserve_kernels.attention.part import attend, locate, prefetch
+from specserve_kernels.attention.interface import AttentionMetadata, AttentionShape, Rotation
+from specserve_kernels.attention.part import attend, load_item, locate, prefetch
 from specserve_kernels.attention.plan import FIELDS, Queries, capacity_of, multiprocessors, plan_triton
+from specserve_kernels.attention.raw import load_other_halves, load_places, load_turn, turned, write_new
 from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.overlap import overlaps, wait
 
 
 @relaunched
-@triton.jit(do_not_specialize=["window", "table_stride", "rows", "fresh"])
+@triton.jit(do_not_specialize=["window", "table_stride", "rows", "fresh"], do_not_specialize_on_alignment=["slots"])
 def _decode_kernel(
-    q_ptr,
+    q_ptr,  # or qkv, where there is cos
+    cos,  # None: q is rotated, and the new keys and values are in the cache
+    sin,
+    slots,
+    norm_weight,
+    norm_eps,
     k_cache,
     v_cache,
     block_tables,
@@ -60,21 +68,14 @@ def _decode_kernel(
     AHEAD: tl.constexpr,
     FIELDS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    NEW: tl.constexpr,  # at least the queries of a sequence, a power of two
+    FINITE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head, item, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL and fresh:  # The plan is new. The next kernels start after this wait only: they do not wait for the plan.
         tl.extra.cuda.gdc_wait()
-    # All of the record at once: loads that wait for one another cost most of a short part's time, and the compiler
-    # would move plain ones behind the branch.
-    record = items + item * FIELDS
-    first_token = tl.load(record, volatile=True).to(tl.int64)
-    num_queries = tl.load(record + 1, volatile=True)
-    table_row = tl.load(record + 2, volatile=True)
-    begin = tl.load(record + 3, volatile=True)
-    end = tl.load(record + 4, volatile=True)
-    parts = tl.load(record + 5, volatile=True)
-    first_item = tl.load(record + 6, volatile=True)
+    first_token, num_queries, table_row, begin, end, parts, first_item = load_item(items + item * FIELDS)
     if end == 0:
         if item == 0:  # a kernel ends after those before it, also if there is nothing to do
             wait(PDL)
@@ -94,9 +95,18 @@ def _decode_kernel(
         next_rows = locate(table, begin + BLOCK_N, end, slot_stride, BLOCK_SIZE, BLOCK_N)
         prefetch(k_cache, v_cache, first_rows, HEAD_DIM)
         prefetch(k_cache, v_cache, next_rows, HEAD_DIM)
+    if cos is not None:  # what else than qkv the new tokens need
+        turn = load_turn(cos, sin, norm_weight, norm_eps, first_token + query, head, inside, HEAD_DIM, DIM)
+        new = load_places(positions, slots, cos, sin, norm_weight, norm_eps, first_token, num_queries, begin, end,
+                          KV_HEADS * GROUPS + kv_head, HEAD_DIM, NEW, DIM // 2)  # fmt: skip
     wait(PDL)
-    places = (first_token + query) * q_stride + head * HEAD_DIM
-    q = tl.load(q_ptr + places[:, None] + dims[None, :], mask=inside, other=0.0)
+    own_rows = q_ptr + (first_token + query) * q_stride + head * HEAD_DIM
+    q = tl.load(own_rows[:, None] + dims[None, :], mask=inside, other=0.0)
+    if cos is not None:
+        other = load_other_halves(own_rows, dims, inside, HEAD_DIM)
+        write_new(q_ptr, k_cache, v_cache, new, q_stride, slot_stride, KV_HEADS * GROUPS + kv_head,
+                  KV_HEADS * (GROUPS + 1) + kv_head, HEAD_DIM, DIM // 2, norm_weight is not None, FINITE)  # fmt: skip
+        q = turned(q, other, turn, HEAD_DIM, norm_weight is not None, FINITE)
 
     acc, total, peak = attend(
         q, k_cache, v_cache, table, first_rows, at, begin, end, window, scale, slot_stride,
@@ -186,12 +196,15 @@ def prepare_decode(
 
 
 def decode_attention_triton(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, run: DecodeRun, out: Tensor, scale: float, window: int | None
-) -> None:
-    """Write the attention of the run's tokens into `out` [T, heads, head_dim]; q of the same shape."""
-    _, heads, head_dim = q.shape
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, run: DecodeRun, out: Tensor, scale: float, window: int | None,
+    rotation: Rotation | None = None,
+) -> None:  # fmt: skip
+    """Write the attention of the run's tokens into `out` [T, heads, head_dim]; q of the same shape. With a rotation, q
+    is raw qkv [T, (heads + 2 kv_heads) * head_dim], and the tokens' keys and values are written to the caches."""
+    _, heads, head_dim = out.shape
     kv_heads = k_cache.shape[1]
-    assert q.stride()[1:] == out.stride()[1:] == (head_dim, 1), (q.stride(), out.stride())
+    assert out.stride()[1:] == (head_dim, 1), out.stride()
+    assert q.stride()[1:] == ((head_dim, 1) if rotation is None else (1,)), (q.stride(), rotation)
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (head_dim, 1), k_cache.stride()
     meta, tile = run.meta, run.tile
     fresh = window not in run.plans
@@ -204,11 +217,15 @@ def decode_attention_triton(
     dim = max(16, power_of_2(head_dim))
     tile_rows = min(run.block_m, power_of_2(run.rows), max(1, COMBINED // dim))
     pdl = overlaps(q)
+    cos, sin, slots, norm, finite = rotation or (None, None, None, None, False)
+    new = 1 if rotation is None else power_of_2(run.queries.most)
     _decode_kernel[(kv_heads, items.shape[0], cdiv(run.rows, run.block_m))](
-        q, k_cache, v_cache, meta.block_tables, meta.positions, items, run.counters, run.partial, run.lse, out,
+        q, cos, sin, slots, *(norm or (None, None)),
+        k_cache, v_cache, meta.block_tables, meta.positions, items, run.counters, run.partial, run.lse, out,
         window or 0, scale * math.log2(math.e), q.stride(0), out.stride(0), k_cache.stride(0),
         meta.block_tables.stride(0), run.rows, int(fresh),
         KV_HEADS=kv_heads, GROUPS=heads // kv_heads, HEAD_DIM=head_dim, DIM=dim, BLOCK_SIZE=meta.block_size,
         BLOCK_M=run.block_m, BLOCK_N=tile.block_n, TILE_ROWS=tile_rows, AHEAD=AHEAD, FIELDS=FIELDS,
-        WINDOWED=window is not None, PDL=pdl, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
+        WINDOWED=window is not None, NEW=new, FINITE=finite, PDL=pdl,
+        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=pdl,
     )  # fmt: skip

@@ -6,10 +6,12 @@ A backend is a module (or any object) with the three functions of `AttentionBack
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from specserve_kernels.qkv import HeadWeights
 
 SHORT_QUERY = 16
 """Sequences with at most this many queries (decodes, verifications) are computed together, longer ones as prefills."""
@@ -47,6 +49,16 @@ class AttentionShape:
     dtype: torch.dtype
 
 
+class Rotation(NamedTuple):
+    """How raw qkv becomes queries, and keys and values in the caches: arguments of `qkv.rotate_and_cache`."""
+
+    cos: Tensor  # [T, 1, head_dim]
+    sin: Tensor  # [T, 1, head_dim], signed
+    slot_mapping: Tensor  # [T] int64
+    norm: HeadWeights | None
+    finite: bool
+
+
 class AttentionBackend(Protocol):
     """One way to compute attention over pages. What `prepare` returns is the backend's own business."""
 
@@ -60,3 +72,12 @@ class AttentionBackend(Protocol):
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, prepared: Any, scale: float, window: int | None
     ) -> Tensor:
         """q [T, heads, head_dim] → [T, heads, head_dim], as `attention.paged_attention` says."""
+
+    def takes_qkv(self, prepared: Any) -> bool:
+        """Whether `attend_qkv` computes this forward in fewer kernels than rotate_and_cache and `attend` take."""
+
+    def attend_qkv(
+        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, prepared: Any, rotation: Rotation, scale: float,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        """`qkv.rotate_and_cache`, then `attend`; where takes_qkv."""

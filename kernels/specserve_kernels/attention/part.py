@@ -6,6 +6,20 @@ from specserve_kernels.language import tl, triton
 
 
 @triton.jit
+def load_item(record):
+    """An item of the plan, see `plan`. All of the record at once: loads that wait for one another cost most of a short
+    part's time, and the compiler would move plain ones behind the branch that asks for the end."""
+    first_token = tl.load(record, volatile=True).to(tl.int64)
+    num_queries = tl.load(record + 1, volatile=True)
+    table_row = tl.load(record + 2, volatile=True)
+    begin = tl.load(record + 3, volatile=True)
+    end = tl.load(record + 4, volatile=True)
+    parts = tl.load(record + 5, volatile=True)
+    first_item = tl.load(record + 6, volatile=True)
+    return first_token, num_queries, table_row, begin, end, parts, first_item
+
+
+@triton.jit
 def locate(table, first, end, slot_stride, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
     """Where in the caches the KEYS keys from `first` on begin; keys from `end` on repeat the last one."""
     key = tl.minimum(first + tl.arange(0, KEYS), end - 1).to(tl.uint32)  # unsigned: divisions are shifts

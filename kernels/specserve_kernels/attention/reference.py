@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specserve_kernels.attention.interface import SHORT_QUERY, AttentionMetadata, AttentionShape
+from specserve_kernels.attention.interface import SHORT_QUERY, AttentionMetadata, AttentionShape, Rotation
+from specserve_kernels.qkv import rotate_and_cache_ref
 
 MAX_PADDING = 4
 """Padded queries of a shared batch per real one, at most; beyond that a second batch is cheaper."""
@@ -115,6 +116,20 @@ def attend(
         mask = _mask(batch, k.shape[1], window, q.dtype)
         outs.append((_attend_packed if batch.packed else _attend_long)(queries, k, v, batch, mask, scale))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def takes_qkv(prepared: PreparedReference) -> bool:
+    return False
+
+
+def attend_qkv(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, prepared: PreparedReference, rotation: Rotation, scale: float,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    cos, sin, slots, norm, finite = rotation
+    heads = qkv.shape[1] // k_cache.shape[2] - 2 * k_cache.shape[1]
+    q = rotate_and_cache_ref(qkv, cos, sin, k_cache, v_cache, slots, heads=heads, norm=norm, finite=finite)
+    return attend(q, k_cache, v_cache, prepared, scale, window)
 
 
 def _mask(batch: QueryBatch, num_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.attention.decode import DecodeRun, decode_attention_triton, prepare_decode
-from specserve_kernels.attention.interface import SHORT_QUERY, AttentionMetadata, AttentionShape
+from specserve_kernels.attention.interface import SHORT_QUERY, AttentionMetadata, AttentionShape, Rotation
 from specserve_kernels.attention.plan import Queries
 from specserve_kernels.attention.prefill_run import PrefillRun, prefill_attention, prepare_prefill
 
@@ -75,4 +75,21 @@ def attend(
             decode_attention_triton(q, k_cache, v_cache, run, out, scale, window)
         else:
             prefill_attention(q, k_cache, v_cache, run, out, scale, window)
+    return out
+
+
+def takes_qkv(prepared: PreparedTriton) -> bool:
+    return len(prepared.runs) == 1 and isinstance(prepared.runs[0], DecodeRun)
+
+
+def attend_qkv(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, prepared: PreparedTriton, rotation: Rotation, scale: float,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    (run,) = prepared.runs
+    assert isinstance(run, DecodeRun), run
+    out, (_, kv_heads, head_dim) = prepared.out, k_cache.shape
+    if out is None:
+        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * kv_heads, head_dim)
+    decode_attention_triton(qkv, k_cache, v_cache, run, out, scale, window, rotation)
     return out
