@@ -17,7 +17,6 @@ from specserve.bench.words import load_name
 
 LOADS = (1, 4, 16)  # requests at a time, unless others or rates are asked for
 LEAST_REQUESTS = 3  # a run
-RATE_SECONDS = 10.0  # how long requests come in a run at a rate
 
 
 class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -26,7 +25,8 @@ class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     concurrency: tuple[int, ...] = ()  # requests at a time
     rates: tuple[float, ...] = ()  # requests/s
     rounds: int = 6  # fewer know little of their own spread
-    requests: int | None = None  # a run; None: twice the concurrency and some, or ten seconds of a rate
+    requests: int | None = None  # a run; None: twice the concurrency and some, or `seconds` of a rate
+    seconds: float = 10.0  # how long requests come in a run at a rate
     warm_up: int | None = None  # requests of a load's warm-up; None: as many as of a run
     minutes: float | None = None  # no round begins that would end later than so long after the start; None: all do
     one_at_a_time: bool = False  # never two servers at once
@@ -34,7 +34,7 @@ class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def check(self) -> None:
         """Raise InvalidRequestError naming the first flag that is out of range."""
-        for name in ("rounds", "requests", "warm_up", "minutes", "start_timeout"):
+        for name in ("rounds", "requests", "seconds", "warm_up", "minutes", "start_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise refused(name, f"must be positive, got {value}.")
@@ -97,7 +97,7 @@ def _requests(options: AbOptions, load: Load) -> int:
     if options.requests is not None:
         return options.requests
     if "rate" in load:
-        return max(LEAST_REQUESTS, round(float(load["rate"]) * RATE_SECONDS))
+        return max(LEAST_REQUESTS, round(float(load["rate"]) * options.seconds))
     return max(LEAST_REQUESTS, 2 * int(load.get("concurrency", 1)) + 1)
 
 

@@ -35,7 +35,8 @@ T = TypeVar("T", int, float)
 
 AB_HELP = {
     "rounds": "runs of each side and load, in alternating order",
-    "requests": "requests a run; default: twice the concurrency and some, or ten seconds of a rate",
+    "requests": "requests a run; default: twice the concurrency and some, or --seconds of a rate",
+    "seconds": "how long requests come in a run at a rate",
     "warm_up": "requests that warm up each load and are not counted; default: as many as a run's",
     "minutes": "begin no round that would end later than so long after the start, servers' starts included",
     "one_at_a_time": "never run two servers at once: whole blocks, with restarts",

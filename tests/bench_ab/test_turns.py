@@ -78,13 +78,15 @@ def test_the_same_seed_gives_the_same_requests() -> None:
     assert first != other
 
 
-def test_rates_begin_every_run_at_once_and_last_ten_seconds() -> None:
+def test_rates_begin_every_run_at_once_and_last_seconds() -> None:
     plan = make_plan(AbOptions(rates=(5.0,), rounds=2), TraceOptions(), Numbers)
     for trace in plan.traces.values():
         assert len(trace) == 50
         assert trace[0].arrival == 0.0
         assert 5.0 < trace[-1].arrival < 20.0
     assert plan.loads == [{"rate": 5.0}]
+    shorter = make_plan(AbOptions(rates=(5.0,), rounds=2, seconds=6.0), TraceOptions(), Numbers)
+    assert {len(trace) for trace in shorter.traces.values()} == {30}
 
 
 def test_a_warm_up_may_be_short() -> None:
@@ -130,6 +132,7 @@ def test_the_longest_round_counts_and_the_first_one_always_begins() -> None:
     [
         (AbOptions(rounds=0), "--rounds must be positive"),
         (AbOptions(requests=0), "--requests must be positive"),
+        (AbOptions(seconds=math.nan), "--seconds must be positive"),
         (AbOptions(warm_up=0), "--warm-up must be positive"),
         (AbOptions(minutes=math.nan), "--minutes must be positive"),
         (AbOptions(minutes=5.0, one_at_a_time=True), "--minutes goes with servers that are resident together"),
