@@ -140,7 +140,7 @@ def test_triton_is_the_reference(
     if scenario.graphs and device.type == "cpu":
         _assert_replayed(llm)
     rtol, atol = MODEL[torch.float32]
-    assert taken.called == paged.FUSED
+    assert taken.called or not scenario.fused
     for ours, reference in zip(answers, wanted, strict=True):
         assert ours.token_ids == reference.token_ids
         assert ours.cached_tokens == reference.cached_tokens

@@ -2,10 +2,14 @@
 
 A program rotates its queries in registers. The one whose part of the keys holds a new token's position rotates that
 token's key and writes it and the value to the cache, before it reads them there as it reads all others: each new token
-is in one part, and no other program reads its place. Programs of other row blocks of a part write the same numbers.
+is in one part of its sequence. Programs of other row blocks of the part write the same numbers. Other sequences read a
+new token's place in two cases: in the bin (block 0), where anything finite will do; and where one computes a token
+again in a block that it shares (a whole hit in the prefix cache, a draft's first pass). They may then find the token's
+key and value as they were or as they become, which are equal up to rounding.
 
-Everything but qkv itself was there before the kernel in front began (see overlap), so that it is read before the wait.
-Rounding is that of `qkv`: computed in fp32 and rounded once. A head's norm may be summed in another order.
+Everything but qkv itself was there before the kernel in front began (see overlap), so that it is read before the wait;
+what is fetched then goes to the second-level cache, which sees the writes. Rounding is that of `qkv`: computed in fp32
+and rounded once. A head's norm may be summed in another order.
 """
 
 from __future__ import annotations
