@@ -25,14 +25,19 @@ def text(compared: Compared) -> str:
         f"{a.variant}: {a.title}",
         f"{b.variant}: {b.title}",
         *(line for at in compared.loads for line in ("", *_table(at, compared))),
-        "",
-        f"×: how many times as good {b.variant} is as {a.variant}, with the interval that holds it at "
-        f"{100 * compared.confidence:g} %.",
-        *notes(compared),
+        *_footnotes(compared),
         *break_even_lines(compared),
         *_equality(compared),
     ]
     return "\n".join(parts)
+
+
+def _footnotes(compared: Compared) -> list[str]:
+    if not compared.loads:
+        return []
+    a, b, share = compared.a.variant, compared.b.variant, f"{100 * compared.confidence:g} %"
+    times = f"×: how many times as good {b} is as {a}, with the interval that holds it at {share}."
+    return ["", times, *notes(compared)]
 
 
 def _table(at: AtLoad, compared: Compared) -> list[str]:

@@ -167,7 +167,8 @@ def _report(outcome: Outcome, folder: Path, slos: Slos | None) -> int:
         return _failed(f"interrupted while the report was made: {again}.", EXIT_INTERRUPTED)
     if outcome.stopped is None:
         return 0
-    kept = f"what was measured by then ({runs} runs) is in {folder}" if runs else "nothing was measured"
+    measured = "1 run" if runs == 1 else f"{runs} runs"
+    kept = f"what was measured by then ({measured}) is in {folder}" if runs else "nothing was measured"
     print(f"specserve: The comparison did not finish: {outcome.stopped}; {kept}.", file=sys.stderr)
     return EXIT_INTERRUPTED if outcome.interrupted else EXIT_FAILED
 

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from specserve.bench.ab_text import text
 from specserve.bench.break_even import break_even, crossings
 from specserve.bench.compare import compare, comparisons, varied
 from specserve.bench.equality import equality
@@ -159,6 +160,15 @@ def test_nothing_to_compare(fake: Callable[..., Any]) -> None:
         assert found.loads == []
         assert verdict(found) == "Nothing to compare: no request was answered by both A and B."
         assert cautions(found) == []
+        assert "×" not in text(found)
+
+
+def test_a_terminal_shows_what_both_sides_have(fake: Callable[..., Any]) -> None:
+    lines = text(compare(fake(speedup=1.25).comparison(1), "A", "B")).splitlines()
+    head = next(place for place, line in enumerate(lines) if line.startswith("concurrency 8 (200 pairs in 5 rounds)"))
+    names = [line.partition("  ")[0] for line in lines[head + 1 : lines.index("", head)]]
+    assert names[0] == "TTFT p50, ms" and names[-2:] == ["requests/s", "output tokens/s"]
+    assert all("×" in line for line in lines[head + 1 : head + 1 + len(names)])
 
 
 def test_what_a_reader_must_know(fake: Callable[..., Any]) -> None:
