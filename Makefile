@@ -10,7 +10,7 @@ WORKERS ?= $(shell [ $(CORES) -lt 4 ] && echo $(CORES) || echo 4)
 PYTEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-laws test-statistics test-gpu test-stress check format demo bench-cpu bench-engine bench-adapters bench-speculation bench-kernels bench-text profile plots clean
+.PHONY: help install test test-slow test-laws test-statistics test-gpu test-stress check format demo bench-cpu bench-engine bench-adapters bench-speculation bench-kernels bench-text profile plots readme-pictures clean
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s  %s\n", $$1, $$2}' Makefile
@@ -100,6 +100,9 @@ profile: $(PAIRS)/pair/pair.json ## Show where a decode step's time goes: MODE=l
 
 plots: $(INSTALLED) ## Draw docs/images from results: RESULTS=benchmarks/results/speculation.jsonl
 	$(BIN)/python -m benchmarks.plots $(if $(RESULTS),--results $(RESULTS))
+
+readme-pictures: $(INSTALLED) ## Draw README's pictures from a kept comparison: AB=benchmarks/results/ab-cpu
+	$(BIN)/python -m benchmarks.readme_pictures $(AB)
 
 clean: ## Remove the environment, caches and build products
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,57 @@
+"""Draws README's pictures from a comparison that is kept among the results, each for light and for dark pages.
+
+python -m benchmarks.readme_pictures [FOLDER] [--out docs/images]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from specserve.bench.ab_text import text
+from specserve.bench.compare import comparisons
+from specserve.bench.kept import read_comparison
+from specserve.bench.report.pictures import pictures_of
+from specserve.bench.report.theme import DARK, LIGHT, save_png
+from specserve.core.errors import InvalidRequestError
+
+FOLDER, OUT = Path("benchmarks/results/ab-cpu"), Path("docs/images")
+SHOWN = ("speedup", "throughput")  # pictures by the first word of their names
+
+
+def draw(folder: Path, out: Path) -> list[Path]:
+    """ab-speedup.png, ab-throughput.png, and both with -dark; of several comparisons the first one's."""
+    comparison = read_comparison(folder)
+    found = comparisons(comparison)
+    pictures = {picture.name.split("-")[0]: picture for picture in reversed(pictures_of(comparison, found))}
+    missing = [name for name in SHOWN if name not in pictures]
+    if missing:
+        raise InvalidRequestError(f"{folder} has no runs for: {', '.join(missing)}.")
+    print(text(found[0]))  # what README says beside them
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name in SHOWN:
+        for palette, ending in ((LIGHT, ""), (DARK, "-dark")):
+            paths.append(out / f"ab-{name}{ending}.png")
+            save_png(pictures[name], palette, paths[-1])
+    return paths
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 if there is nothing to draw from."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(argv)
+    try:
+        paths = draw(args.folder, args.out)
+    except InvalidRequestError as error:
+        print(f"{error} `specserve bench ab` and `python -m benchmarks.ab_results` write such a folder.")
+        return 1
+    print("", *paths, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
