@@ -16,7 +16,7 @@ from specserve.bench.report.theme import Picture
 
 def pictures_of(comparison: Comparison, found: Sequence[Compared]) -> list[Picture]:
     return [
-        *(picture for compared in found for picture in speedups(compared)),
+        *(picture for place, compared in enumerate(found, 1) for picture in speedups(compared, place)),
         *throughput(comparison),
         *latencies(comparison),
         *overhead(comparison),

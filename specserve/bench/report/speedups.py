@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from specserve.bench.compare import Compared, along
 from specserve.bench.report.axis import load_axis, main_axis
@@ -17,29 +17,33 @@ from specserve.bench.stats import Ratio
 from specserve.bench.verdict import outcome
 from specserve.bench.words import load_name, metric_name, number
 
+WIDE = 4  # the greatest over the least, from which on the axis is logarithmic
 
-def speedups(compared: Compared) -> list[Picture]:
+
+def speedups(compared: Compared, place: int) -> list[Picture]:
+    """`place`: B's among the variants, which its colour goes by."""
     axis = main_axis(at.load for at in compared.loads)
-    return _by_metric(compared) if axis is None else _over_load(compared, axis)
+    return _by_metric(compared) if axis is None else _over_load(compared, axis, place)
 
 
-def _over_load(compared: Compared, axis: str) -> list[Picture]:
+def _over_load(compared: Compared, axis: str, place: int) -> list[Picture]:
     groups = [(load_name(others), [at for at in group if at.headline]) for others, group in along(compared.loads, axis)]
     groups = [(name, group) for name, group in groups if group]
     if not groups:
         return []
     a, b = compared.a.variant, compared.b.variant
     title, known = f"How many times as fast {b} is as {a}", [at for _, group in groups for at in group]
+    first = place % len(MARKERS) if len(groups) == 1 else 1
 
     def draw(palette: Palette) -> Figure:
         figure, (axes,) = canvas(palette, title, 9.4, 3.7)
         axes.axhline(1.0, color=palette.ink, linewidth=1.1, zorder=1.5)
-        for (name, group), colour, marker in zip(groups, palette.series[1:], MARKERS[1:], strict=False):
+        for (name, group), colour, marker in zip(groups, palette.series[first:], MARKERS[first:], strict=False):
             points = [(float(at.load[axis]), at.headline) for at in group if at.headline is not None]
             _points(axes, points, {"color": colour, "marker": marker, "label": name})
             if len(groups) == 1:
                 _name(axes, palette, points)
-        _halves(axes, palette, a, b)
+        _halves(axes, palette, a, b, [at.headline for at in known if at.headline is not None])
         for others, one in compared.break_evens:
             if one.axis == axis and one.load is not None and not others:
                 axes.axvline(one.load, color=palette.muted, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
@@ -116,10 +120,17 @@ def _name(axes: Axes, palette: Palette, points: Sequence[tuple[float, Ratio]]) -
         )  # fmt: skip
 
 
-def _halves(axes: Axes, palette: Palette, a: str, b: str) -> None:
-    """Which side of 1 is whose; the axis always has room for both."""
-    low, high = axes.get_ylim()
-    low, high = min(low, 0.9) - 0.02, max(high, 1.1) + 0.1 * (max(high, 1.1) - 1)
+def _halves(axes: Axes, palette: Palette, a: str, b: str, ratios: Sequence[Ratio]) -> None:
+    """Which side of 1 is whose; the axis always has room for both, and above for a number below the name."""
+    ends = [end for ratio in ratios for end in (ratio.speedup, *(ratio.bounds or ()))]
+    low, high = min(0.9, *ends), max(1.1, *ends)
+    if high > WIDE * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        low, high = low * (low / high) ** 0.06, high * (high / low) ** 0.16
+    else:
+        low, high = low - 0.06 * (high - low), high + 0.16 * (high - low)
     axes.set_ylim(low, high)
     axes.axhspan(1.0, high, color=palette.win, alpha=0.06, linewidth=0, zorder=0)
     axes.axhspan(low, 1.0, color=palette.lose, alpha=0.06, linewidth=0, zorder=0)
