@@ -3,46 +3,47 @@
     python -m benchmarks.ab_results FOLDER benchmarks/results/NAME            runs.jsonl, about.json, report.jsonl
     python -m benchmarks.ab_results FOLDER benchmarks/results/NAME --figures  without the runs, where they are large
 
-Folders in commands are told from the repository's root, others by their last part. Times of events are kept to a
+Paths are told from the repository's root, others by their last part. Times of events are kept to a
 hundredth of a millisecond.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path, PurePath
+import re
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from benchmarks.record import commit
 from specserve.bench.compare import comparisons
 from specserve.bench.kept import ABOUT, RUNS, read_comparison
-from specserve.bench.records import Comparison, Event, RequestRecord, RunRecord
+from specserve.bench.records import Comparison, Event, RequestRecord, RunRecord, VariantInfo
 from specserve.bench.report.rows import rows
 
 ROOT = Path(__file__).parent.parent
 DIGITS = 5  # of times in seconds
+_FOLDERS = re.compile(r"(?<![\w:/.~-])/(?:[^/\s'\")]+/)+")  # of an absolute path, not of a URL
 ENCODER = msgspec.json.Encoder()
 
 
-def without_places(words: Sequence[str], root: Path = ROOT) -> list[str]:
-    """A command as it would be typed in the repository."""
-    return [_shown(word, f"{root}/") for word in words]
-
-
-def _shown(word: str, root: str) -> str:
-    name, sign, value = word.rpartition("=")
-    value = value.removeprefix(root)
-    return name + sign + (PurePath(value).name if value.startswith("/") else value)
+def without_places(value: Any, root: Path = ROOT) -> Any:
+    """The same with every path in its texts as it would be typed in the repository, others by their last part."""
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value.replace(f"{root}/", ""))
+    if isinstance(value, list):
+        return [without_places(one, root) for one in value]
+    return {name: without_places(one, root) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 def cleaned(comparison: Comparison) -> Comparison:
     """The same figures; the facts say at which commit."""
     variants = [
-        msgspec.structs.replace(one, command=without_places(one.command), url=None) for one in comparison.variants
+        msgspec.convert(without_places(msgspec.to_builtins(one)) | {"url": None}, VariantInfo)
+        for one in comparison.variants
     ]
-    facts = {**comparison.facts, "command": without_places(comparison.facts.get("command", [])), "commit": commit()}
+    facts = without_places(comparison.facts) | {"commit": commit()}
     return Comparison(variants, [_rounded(run) for run in comparison.runs], facts)
 
 

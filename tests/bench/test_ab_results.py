@@ -30,7 +30,7 @@ def left(tmp_path: Path) -> Path:
         RunRecord(name, number, {"concurrency": load}, 1.0, [_request(i, pace * (1 + 0.01 * i)) for i in range(6)])
         for number in range(3) for load in (1, 4) for name, pace in (("A", 0.0200001), ("B", 0.01))
     ]  # fmt: skip
-    facts = {"command": ["specserve", "bench", "ab", "--output", "/home/somebody/ab"], "notes": []}
+    facts = {"command": ["specserve", "bench", "ab", "--output", "/home/somebody/ab"], "notes": ["log: /home/x/B.log"]}
     folder = tmp_path / "left"
     folder.mkdir()
     (folder / ABOUT).write_bytes(msgspec.json.encode(Comparison(infos, [], facts)))
@@ -43,6 +43,14 @@ def test_places_become_names() -> None:
     assert without_places(words, Path("/w/r")) == [
         "python", "serve", "demo", "--lora", "x=lora/x", "--y=b", "--rates", "2,8", "http://h:1/v",
     ]  # fmt: skip
+    facts = {
+        "n": 3,
+        "requests": {"path": "/w/r/demo/p.jsonl"},
+        "notes": ["B ended: no room (log: /tmp/ab/logs/B-1.log)."],
+    }
+    assert without_places(facts, Path("/w/r")) == {
+        "n": 3, "requests": {"path": "demo/p.jsonl"}, "notes": ["B ended: no room (log: B-1.log)."],
+    }  # fmt: skip
 
 
 def test_what_is_kept_tells_the_same_without_places(left: Path, tmp_path: Path) -> None:
