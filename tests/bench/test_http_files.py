@@ -69,3 +69,10 @@ def test_vllm_drafts_four_and_schedules_asynchronously() -> None:
     assert '"num_speculative_tokens": 4' in vllm.command[vllm.command.index("--speculative-config") + 1]
     added = [word for word in vllm.command if word not in without.command and word.startswith("--")]
     assert added == ["--speculative-config", "--async-scheduling"]
+
+
+def test_the_bundled_models_are_compared_without_and_with_drafts() -> None:
+    plain, draft = read_variants(str(BENCHMARKS / "ab_cpu.yaml"), "demo")
+    assert {plain.tokenizer, draft.tokenizer} == {"demo"}
+    assert draft.command[: len(plain.command)] == plain.command
+    assert draft.command[-2:-1] == ("--draft-model",)
