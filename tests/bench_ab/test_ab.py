@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from specserve.bench.ab import Outcome, compare
 from specserve.bench.kept import read_comparison
