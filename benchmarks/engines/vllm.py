@@ -52,7 +52,7 @@ def _settings(setup: Setup) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "model": str(setup.pair / "target"), "skip_tokenizer_init": True, "dtype": setup.dtype,
         "max_model_len": setup.max_model_len, "max_num_seqs": setup.max_num_seqs, "gpu_memory_utilization": 0.85,
-        "enable_prefix_caching": False, "seed": 0,  # asynchronous scheduling is on by itself where it can be
+        "enable_prefix_caching": False, "seed": 0,  # without a draft model, asynchronous scheduling is on by itself
     }  # fmt: skip
     if setup.mode.loras:
         settings |= {
@@ -64,6 +64,7 @@ def _settings(setup: Setup) -> dict[str, Any]:
         settings["speculative_config"] = {
             "method": "draft_model", "model": str(setup.pair / "draft"), "num_speculative_tokens": setup.mode.drafts
         }  # fmt: skip
+        settings["async_scheduling"] = True  # with one, only where it is asked for
     return settings
 
 
