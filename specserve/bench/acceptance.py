@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 
 import msgspec
@@ -43,17 +43,14 @@ class Acceptance(msgspec.Struct, frozen=True):
 
 def acceptance(records: Iterable[RequestRecord]) -> Acceptance | None:
     """Of all of them together; None: nothing was drafted."""
-    drafted: list[int] = []
-    accepted: list[int] = []
-    for record in records:
-        drafted = _added(drafted, record.drafted_per_position)
-        accepted = _added(accepted, record.accepted_per_position)
+    both = [(record.drafted_per_position, record.accepted_per_position) for record in records]
+    drafted, accepted = by_position(one for one, _ in both), by_position(one for _, one in both)
     positions = len(drafted)
     while positions and not drafted[positions - 1]:
         positions -= 1
     if not positions:
         return None
-    return Acceptance(drafted[:positions], _added(accepted, [0] * positions)[:positions])
+    return Acceptance(drafted[:positions], by_position([accepted, [0] * positions])[:positions])
 
 
 def by_adapter(records: Iterable[RequestRecord]) -> Mapping[str | None, Acceptance]:
@@ -65,5 +62,6 @@ def by_adapter(records: Iterable[RequestRecord]) -> Mapping[str | None, Acceptan
     return {name: one for name, one in found.items() if one is not None}
 
 
-def _added(left: list[int], right: list[int]) -> list[int]:
-    return [one + other for one, other in zip_longest(left, right, fillvalue=0)]
+def by_position(counts: Iterable[Sequence[int]]) -> list[int]:
+    """Sums of lists that may differ in length."""
+    return [sum(column) for column in zip_longest(*counts, fillvalue=0)]

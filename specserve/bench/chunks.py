@@ -23,6 +23,7 @@ class Delta(msgspec.Struct):
 
 
 class Choice(msgspec.Struct):
+    index: int = 0
     text: str | None = None
     delta: Delta | None = None
     token_ids: list[int] | None = None

@@ -7,85 +7,20 @@ import contextlib
 import resource
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import msgspec
 
-from specserve.bench.chunks import Chunk, ChunkReader, error_text
-from specserve.bench.records import Event, RequestRecord, TracedRequest
+from specserve.bench.answers import Answer, choices_asked
+from specserve.bench.chunks import ChunkReader, error_text
+from specserve.bench.records import RequestRecord, TracedRequest
 from specserve.bench.target import Target
 
 CONNECT_SECONDS = 30.0
 PROBES, PROBE_SECONDS = 4, 0.25  # a server that refuses this often, so far apart, is gone
 ANSWER_SECONDS = 5.0  # one that does not answer within is busy
 MOST_SOCKETS = 65536
-
-
-@dataclass(slots=True)
-class _Answer:
-    """One request's answer in the making; times in s after the run's start."""
-
-    events: list[Event] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    tokens: int = 0
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    finish_reason: str | None = None
-    error: str | None = None
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-
-    def add(self, chunk: Chunk, now: float) -> None:
-        if chunk.error is not None:
-            self.error = error_text(chunk.error)
-        counted = self._usage(chunk)
-        if not chunk.choices:
-            return
-        choice = chunk.choices[0]
-        text = choice.text or "" if choice.delta is None else choice.delta.text
-        if text:
-            self.texts.append(text)
-        if choice.finish_reason:  # TGI's is "" until then
-            self.finish_reason = choice.finish_reason
-        if choice.token_ids is not None:
-            tokens = len(choice.token_ids)
-        elif counted is not None:
-            tokens = max(counted - self.tokens, 0)
-        else:  # a chat's first event may bring its role alone; any other stands for a token, though its text may wait
-            tokens = 1 if text or choice.delta is None or choice.finish_reason else 0
-        self.tokens += tokens
-        self.events.append(Event(now, tokens))
-
-    def _usage(self, chunk: Chunk) -> int | None:
-        """Take in what a chunk says of usage; the output tokens that it tells of, if it does."""
-        usage = chunk.usage
-        if usage is None:
-            return None
-        self.prompt_tokens, self.output_tokens = usage.prompt_tokens, usage.completion_tokens
-        if usage.speculation is not None:
-            self.drafted = usage.speculation.drafted_per_position
-            self.accepted = usage.speculation.accepted_per_position
-        return usage.completion_tokens
-
-    def record(self, request: TracedRequest, sent: float, end: float) -> RequestRecord:
-        if self.error is None and self.finish_reason is None:
-            self.error = "The stream ended before the answer did."
-        return RequestRecord(
-            index=request.index,
-            sent=sent,
-            events=self.events,
-            end=end,
-            prompt_tokens=request.prompt_tokens if self.prompt_tokens is None else self.prompt_tokens,
-            output_tokens=self.tokens if self.output_tokens is None else self.output_tokens,
-            text="".join(self.texts),
-            finish_reason=self.finish_reason,
-            error=self.error,
-            adapter=request.adapter,
-            drafted_per_position=self.drafted,
-            accepted_per_position=self.accepted,
-        )
 
 
 class Client:
@@ -97,7 +32,7 @@ class Client:
 
     async def send(self, request: TracedRequest, start: float) -> RequestRecord:
         """Stream one request; times are s after `start` (time.perf_counter). Whatever goes wrong is in the record."""
-        body, answer = msgspec.json.encode(self.target.body(request)), _Answer()
+        body, answer = msgspec.json.encode(self.target.body(request)), Answer(choices_asked(request))
         sent = time.perf_counter() - start
         try:
             async with self._session.post(self.target.generate_url, data=body) as response:
@@ -152,7 +87,7 @@ def _allow_many_sockets() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-async def _read(response: aiohttp.ClientResponse, answer: _Answer, start: float) -> None:
+async def _read(response: aiohttp.ClientResponse, answer: Answer, start: float) -> None:
     reader = ChunkReader()
     async for data in response.content.iter_any():
         now = time.perf_counter() - start

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import msgspec
 
+from specserve.bench.acceptance import by_position
 from specserve.bench.options import ALL_ADAPTERS, TraceOptions
 from specserve.bench.records import RequestRecord, RunRecord, TracedRequest
 from specserve.bench.trace import make_trace
@@ -61,7 +62,11 @@ def generate(llm: Engine, trace: Sequence[TracedRequest]) -> RunRecord:
     begin = time.perf_counter()
     outputs = llm.generate(prompts, params, lora=[request.adapter for request in trace])
     seconds = time.perf_counter() - begin
-    records = [_record(request, output, seconds) for request, output in zip(trace, outputs, strict=True)]
+    rest = iter(outputs)  # of each request n in a row
+    records = [
+        _record(request, [next(rest) for _ in range(one.n)], seconds)
+        for request, one in zip(trace, params, strict=True)
+    ]
     return RunRecord("specserve", 0, {"batch": len(trace)}, seconds, records)
 
 
@@ -74,18 +79,19 @@ def _params(request: TracedRequest) -> SamplingParams:
     return sampling_params(body, max_tokens=request.max_tokens, logprobs=body.logprobs)
 
 
-def _record(request: TracedRequest, output: Output, seconds: float) -> RequestRecord:
-    spec = output.speculation
+def _record(request: TracedRequest, outputs: Sequence[Output], seconds: float) -> RequestRecord:
+    """Of all of a request's choices, as a streamed answer's are put together (bench/answers.py)."""
+    stats = [output.speculation for output in outputs]
     return RequestRecord(
         index=request.index,
         sent=0.0,
         events=[],
         end=seconds,
         prompt_tokens=request.prompt_tokens,
-        output_tokens=len(output.token_ids),
-        text=output.text,
-        finish_reason=output.finish_reason,
+        output_tokens=sum(len(output.token_ids) for output in outputs),
+        text="\n".join(output.text for output in outputs),
+        finish_reason=outputs[0].finish_reason,
         adapter=request.adapter,
-        drafted_per_position=list(spec.drafted_per_position),
-        accepted_per_position=list(spec.accepted_per_position),
+        drafted_per_position=by_position(one.drafted_per_position for one in stats),
+        accepted_per_position=by_position(one.accepted_per_position for one in stats),
     )

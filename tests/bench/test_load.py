@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from serverkit.fake_openai import Body, FakeOpenAI
+from specserve.bench.answers import Answer, choices_asked
 from specserve.bench.chunks import ChunkReader, error_text
 from specserve.bench.client import connect
 from specserve.bench.load import run_load
@@ -62,6 +63,35 @@ def test_tokens_are_counted_where_the_server_tells_and_events_where_not(engine: 
     assert told.output_tokens == silent.output_tokens == 4
 
 
+@pytest.mark.parametrize("engine", ["specserve", "vllm", "openai"])
+@pytest.mark.parametrize("endpoint", ["/v1/completions", CHAT])
+@pytest.mark.parametrize("together", [False, True])
+def test_of_several_choices_all_tokens_count(engine: Engine, endpoint: str, together: bool) -> None:
+    """Whether each has events of its own or all share theirs."""
+    asked = requests(1, fields={"n": 3})
+    with FakeOpenAI(owner=engine, burst=2, together=together) as server:
+        told = run(server, asked, engine, token_counts=True, endpoint=endpoint).requests[0]
+        silent = run(server, asked, engine, endpoint=endpoint).requests[0]
+    roles = [0] * 3 if endpoint == CHAT else []
+    assert [event.tokens for event in told.events] == [*roles, *([6, 6] if together else [2] * 6)]
+    assert [event.tokens for event in silent.events] == [*roles, *([3, 3] if together else [1] * 6)]
+    for record in (told, silent):
+        assert (record.output_tokens, record.finish_reason, record.error) == (12, "length", None)
+        assert record.text == " w w w w\n w1 w1 w1 w1\n w2 w2 w2 w2"
+
+
+def test_an_answer_without_all_of_its_choices_is_an_error() -> None:
+    """The server ends one of two, or knows nothing of `n`; and tells no total."""
+    first = b'{"choices":[{"index":1,"text":"a b","finish_reason":"stop"}],"usage":{"completion_tokens":2}}'
+    reader, answer, (request,) = ChunkReader(), Answer(asked=2), requests(1, fields={"n": 2})
+    assert choices_asked(request) == 2
+    for chunk in reader.feed(b"data: " + first + b"\n\n"):
+        answer.add(chunk, 0.5)
+    record = answer.record(request, 0.0, 1.0)
+    assert (record.output_tokens, record.text) == (2, "a b")
+    assert record.error == "The stream ended when 1 of 2 choices had."
+
+
 def test_each_engine_is_asked_for_adapters_in_its_own_way() -> None:
     asked: dict[str, Body] = {}
     for engine in ("specserve", "vllm", "sglang", "tgi"):
@@ -90,15 +120,17 @@ def test_no_server_is_one_sentence() -> None:
 
 
 def test_requests_are_sent_at_their_arrivals() -> None:
-    with FakeOpenAI(gap=0.2) as server:
+    with FakeOpenAI(crowd=10) as server:  # who waited for an answer would never see one
         record = run(server, requests(10, rate=40.0, tokens=1))
     assert all(request.sent >= request.index / 40.0 for request in record.requests)
-    assert server.most > 4  # answers take 0.2 s, and nobody waits for them
-    assert record.duration == pytest.approx(record.requests[-1].end - record.requests[0].sent)
+    assert {request.error for request in record.requests} == {None}
+    assert server.most == 10
+    ends = [request.end for request in record.requests]  # in whatever order
+    assert record.duration == pytest.approx(max(ends) - record.requests[0].sent)
 
 
 def test_no_more_run_at_once_than_allowed() -> None:
-    with FakeOpenAI(gap=0.01) as server:
+    with FakeOpenAI(gap=0.01, crowd=3) as server:
         record = run(server, requests(12, tokens=2), max_concurrency=3)
     assert server.most == 3
     assert record.complete and [request.index for request in record.requests] == list(range(12))

@@ -33,17 +33,20 @@ def test_records_agree_with_an_answer_that_is_not_streamed(
     scripted_server: Server, endpoint: str, token_counts: bool
 ) -> None:
     greedy = {"temperature": 0.0}
-    asked = [TracedRequest(n, 0.0, f"prompt {n}", 0, 5 + n, "one" if n else None, greedy) for n in range(3)]
+    asked = [
+        TracedRequest(place, 0.0, f"prompt {place}", 0, 5 + place, "one" if place else None, greedy | {"n": 1 + place})
+        for place in range(3)
+    ]
     made = run(scripted_server, asked, endpoint=endpoint, token_counts=token_counts)
     for request, record in zip(asked, made.requests, strict=True):
         prompt = request.prompt
-        body: dict[str, Any] = {"max_tokens": request.max_tokens, "lora": request.adapter, **greedy}
+        body: dict[str, Any] = {"max_tokens": request.max_tokens, "lora": request.adapter, **request.fields}
         body |= {"messages": [{"role": "user", "content": prompt}]} if endpoint == CHAT else {"prompt": prompt}
         status, answer = scripted_server.request("POST", endpoint, body)
-        choice, usage = answer["choices"][0], answer["usage"]
-        text = choice["message"]["content"] if endpoint == CHAT else choice["text"]
-        assert (status, record.error) == (200, None)
-        assert (record.text, record.finish_reason) == (text, choice["finish_reason"])
+        choices, usage = answer["choices"], answer["usage"]
+        texts = [choice["message"]["content"] if endpoint == CHAT else choice["text"] for choice in choices]
+        assert (status, record.error, len(texts)) == (200, None, request.fields["n"])
+        assert (record.text, record.finish_reason) == ("\n".join(texts), choices[0]["finish_reason"])
         assert (record.prompt_tokens, record.output_tokens) == (usage["prompt_tokens"], usage["completion_tokens"])
         if token_counts:
             assert sum(event.tokens for event in record.events) == record.output_tokens

@@ -11,14 +11,17 @@ from typing import Any
 from aiohttp import web
 
 Body = dict[str, Any]
+DEADLINE = 60.0  # seconds for what must happen; a failure then, not a hang
 
 
 class FakeOpenAI:
-    """Answers `max_tokens` times " w", `burst` tokens an event, an event each `gap` seconds.
+    """Answers `max_tokens` times " w", `burst` tokens an event, an event each `gap` seconds. Choice i > 0 of `n` says
+    " wi", in events of its own, the last choice's first, or all choices share theirs (`together`).
 
     `owner` is what /v1/models says of itself, and whose dialect of token counts it speaks. `refuse` gives a status and
     a message for bodies that it refuses. After `break_after` tokens a stream ends in an error, or just so
-    (`break_silently`). `bodies` are those it was asked; `most` is how many ran at once at most.
+    (`break_silently`). `bodies` are those it was asked; `most` is how many ran at once at most. No answer begins before
+    `crowd` requests have come.
     """
 
     def __init__(
@@ -32,18 +35,21 @@ class FakeOpenAI:
         refuse: Callable[[Body], tuple[int, str] | None] = lambda body: None,
         break_after: int | None = None,
         break_silently: bool = False,
+        together: bool = False,
+        crowd: int = 1,
     ) -> None:
         self.bodies: list[Body] = []
         self.most = 0
         self._owner, self._adapters, self._root = owner, adapters, root
         self._burst, self._gap, self._refuse, self._break_after = burst, gap, refuse, break_after
-        self._break_silently = break_silently
+        self._break_silently, self._together = break_silently, together
+        self._crowd, self._crowded = crowd, asyncio.Event()
         self._running = 0
         self._loop = asyncio.new_event_loop()
         self._runner = web.AppRunner(self._app(), shutdown_timeout=0.0)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.url = asyncio.run_coroutine_threadsafe(self._begin(), self._loop).result(10)
+        self.url = asyncio.run_coroutine_threadsafe(self._begin(), self._loop).result(DEADLINE)
 
     def __enter__(self) -> FakeOpenAI:
         return self
@@ -54,7 +60,7 @@ class FakeOpenAI:
     def die(self) -> None:
         """Close the port and every connection, as a killed process does."""
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(DEADLINE)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
@@ -99,7 +105,10 @@ class FakeOpenAI:
             return web.json_response({"error": {"message": refused[1]}}, status=refused[0])
         self._running += 1
         self.most = max(self.most, self._running)
+        if len(self.bodies) >= self._crowd:
+            self._crowded.set()
         try:
+            await asyncio.wait_for(self._crowded.wait(), DEADLINE)
             return await self._stream(request, body)
         finally:
             self._running -= 1
@@ -107,9 +116,11 @@ class FakeOpenAI:
     async def _stream(self, request: web.Request, body: Body) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        chat, total = request.path.endswith("chat/completions"), body["max_tokens"]
+        chat, total, n = request.path.endswith("chat/completions"), body["max_tokens"], body.get("n", 1)
         if chat:
-            await _send(response, {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+            role = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            for index in range(n):
+                await _send(response, {"choices": [{"index": index, **role}]})
         for made in range(0, total, self._burst):
             if self._break_after is not None and made >= self._break_after:
                 if self._break_silently:
@@ -117,22 +128,31 @@ class FakeOpenAI:
                 await _send(response, {"error": {"message": "the engine died"}})
                 return response
             await asyncio.sleep(self._gap)
-            await _send(response, self._chunk(body, chat, min(self._burst, total - made), made))
-        await _send(response, {"choices": [], "usage": self._usage(body, total)})
+            for event in self._events(body, chat, min(self._burst, total - made), made):
+                await _send(response, event)
+        await _send(response, {"choices": [], "usage": self._usage(body, n * total)})
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    def _chunk(self, body: Body, chat: bool, tokens: int, before: int) -> Body:
-        text = " w" * tokens
+    def _events(self, body: Body, chat: bool, tokens: int, before: int) -> list[Body]:
+        """What one step of the engine brings. Continuous usage is of an event's choices, as vLLM counts."""
+        choices = [self._choice(body, chat, tokens, before, index) for index in reversed(range(body.get("n", 1)))]
+        events: list[Body] = []
+        for shared in [choices] if self._together else [[choice] for choice in choices]:
+            event: Body = {"choices": shared, "usage": None}
+            if body["stream_options"].get("continuous_usage_stats"):
+                event["usage"] = {"prompt_tokens": 5, "completion_tokens": len(shared) * (before + tokens)}
+            events.append(event)
+        return events
+
+    def _choice(self, body: Body, chat: bool, tokens: int, before: int, index: int) -> Body:
+        text = (f" w{index}" if index else " w") * tokens
         ended = "length" if before + tokens == body["max_tokens"] else "" if self._owner == "tgi" else None
-        choice: Body = {"index": 0, "finish_reason": ended}
+        choice: Body = {"index": index, "finish_reason": ended}
         choice |= {"delta": {"content": text}} if chat else {"text": text}
         if body.get("return_token_ids"):
             choice["token_ids"] = [7] * tokens
-        chunk: Body = {"choices": [choice], "usage": None}
-        if body["stream_options"].get("continuous_usage_stats"):
-            chunk["usage"] = {"prompt_tokens": 5, "completion_tokens": before + tokens}
-        return chunk
+        return choice
 
     def _usage(self, body: Body, total: int) -> Body:
         usage: Body = {"prompt_tokens": 5, "completion_tokens": total}
