@@ -1,22 +1,22 @@
-"""A server of a comparison: started in a session of its own, ready when it answers, gone when nobody needs it."""
+"""A server of a comparison: started in a session of its own, ready when it answers, gone when it is needed no more."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 
 from specserve.bench.engines import HOST, complete_command
+from specserve.bench.guard import Guard, descendants, kill_those, signal_session
 from specserve.bench.variants import Variant
 
 POLL_SECONDS = 0.1
@@ -47,6 +47,7 @@ class RunningServer:
     command: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
+    guard: Guard | None = None
 
     def check_alive(self) -> None:
         """Raise ServerFailedError if its process has ended."""
@@ -70,6 +71,19 @@ async def start_server(
     command = tuple(complete_command(variant.command, port=port, share=share, taken=taken))
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
+        process, guard = _spawn(command, log, {**os.environ, **variant.environment})
+    except OSError as error:
+        raise ServerFailedError(variant.name, f"{variant.name} cannot be started: {error}.") from error
+    server = RunningServer(variant, f"http://{HOST}:{port}", command, process, log, guard)
+    started.append(server)
+    await _wait_until_ready(server, timeout)
+    return server
+
+
+def _spawn(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], Guard]:
+    """A process, and who ends it if we are killed. Raises OSError."""
+    guard = Guard(GRACE_SECONDS)
+    try:
         with log.open("wb") as output:
             # Its own session: a Ctrl-C in the terminal is for us alone, and one signal reaches all that it starts.
             process = subprocess.Popen(
@@ -77,15 +91,14 @@ async def start_server(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **variant.environment},
+                env=environment,
                 start_new_session=True,
             )
-    except OSError as error:
-        raise ServerFailedError(variant.name, f"{variant.name} cannot be started: {error}.") from error
-    server = RunningServer(variant, f"http://{HOST}:{port}", command, process, log)
-    started.append(server)
-    await _wait_until_ready(server, timeout)
-    return server
+    except OSError:
+        guard.dismiss()
+        raise
+    guard.watch(process.pid)
+    return process, guard
 
 
 async def stop_servers(servers: Iterable[RunningServer]) -> None:
@@ -93,20 +106,20 @@ async def stop_servers(servers: Iterable[RunningServer]) -> None:
     running = [(server, server.process) for server in servers if server.process is not None]
     families = {process.pid: descendants(process.pid) for _, process in running if process.poll() is None}
     for _, process in running:
-        _signal_group(process.pid, signal.SIGTERM)
+        signal_session(process.pid, signal.SIGTERM)
     end = time.monotonic() + GRACE_SECONDS
     try:
         while any(process.poll() is None for _, process in running) and time.monotonic() < end:
             await asyncio.sleep(POLL_SECONDS)
     finally:
         for _, process in running:
-            _signal_group(process.pid, signal.SIGKILL)
+            signal_session(process.pid, signal.SIGKILL)
             process.wait()
-        # Engines may have left for sessions of their own.
-        for pid, began in (child for family in families.values() for child in family.items()):
-            if began and _began(pid) == began:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+        for family in families.values():  # engines may have left for sessions of their own
+            kill_those(family)
+        for server, _ in running:
+            if server.guard is not None:
+                server.guard.dismiss()
 
 
 def free_port() -> int:
@@ -115,31 +128,6 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """{pid: when it began} of all processes below one, where the system has /proc."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):
-            children.setdefault(int(_stat(path)[1]), []).append(int(path.parent.name))
-    found: list[int] = [pid]
-    for parent in found:  # which grows on the way
-        found += children.get(parent, [])
-    return {child: _began(child) for child in found[1:]}
-
-
-def _began(pid: int) -> str:
-    """With the id it names a process for good, whatever becomes of the number."""
-    try:
-        return _stat(Path(f"/proc/{pid}/stat"))[19]
-    except (OSError, IndexError):
-        return ""
-
-
-def _stat(path: Path) -> list[str]:
-    """The fields after the command's name, which may hold anything: state, parent, …"""
-    return path.read_text(errors="replace").rpartition(")")[2].split()
 
 
 async def _wait_until_ready(server: RunningServer, timeout: float) -> None:
@@ -187,9 +175,3 @@ def _failed(server: RunningServer, what: str, *, killed: bool = False) -> Server
         f"{server.variant.name} ({server.variant.title}) {what}: {last[:300]} (log: {server.log})",
         lacks_memory=killed or _NO_MEMORY.search(text) is not None,
     )
-
-
-def _signal_group(pid: int, number: signal.Signals) -> None:
-    """To the session that the process leads; it may be gone already."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)

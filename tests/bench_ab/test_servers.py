@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from specserve.bench import servers
 from specserve.bench.fleet import Fleet
+from specserve.bench.guard import Guard, descendants, kill_those
 from specserve.bench.servers import RunningServer, ServerFailedError, start_server, stop_servers
 from specserve.bench.variants import Variant
 
@@ -52,7 +55,10 @@ async def test_a_stubborn_server_and_its_children_are_killed(
     assert gone(child)
 
 
-async def test_a_second_interrupt_cuts_the_grace_short(fake: Fake, tmp_path: Path) -> None:
+async def test_a_second_interrupt_cuts_the_grace_short(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "GRACE_SECONDS", 3600.0)
     started: list[RunningServer] = []
     server = await start(fake("A", "--stubborn"), tmp_path, started)
     stopping = asyncio.create_task(stop_servers(started))
@@ -62,6 +68,58 @@ async def test_a_second_interrupt_cuts_the_grace_short(fake: Fake, tmp_path: Pat
         await stopping
     assert server.process is not None
     assert server.process.returncode == -9
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from specserve.bench import servers
+from specserve.bench.variants import Variant
+
+async def own(folder, *command):
+    start = dict(share=0.5, taken=0.0, timeout=60.0, started=[])
+    await servers.start_server(Variant("A", "as it is", command=command), Path(folder, "log"), **start)
+    print("ready", flush=True)
+    await asyncio.sleep(3600)
+
+servers.GRACE_SECONDS = float(sys.argv[1])
+asyncio.run(own(*sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("flag", "grace"), [((), 3600.0), (("--stubborn",), 0.3)])
+def test_a_server_ends_with_an_owner_that_is_killed(
+    fake: Fake, gone: Gone, tmp_path: Path, flag: tuple[str, ...], grace: float
+) -> None:
+    """And whom it started, in a session of its own; one that ends when it is asked to needs no grace."""
+    command = fake("A", "--child", str(tmp_path / "child"), *flag).command
+    words = [sys.executable, "-c", OWNER, str(grace), str(tmp_path), *command]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "ready\n"
+        family = descendants(owner.pid)
+        assert int((tmp_path / "child").read_text()) in family
+        assert len(family) == 3  # the guard, the server and its child
+        owner.kill()
+    try:
+        assert [pid for pid in family if not gone(pid)] == []
+    finally:
+        kill_those(family)
+
+
+async def test_a_guard_goes_with_its_server_and_ends_nothing_else(fake: Fake, gone: Gone, tmp_path: Path) -> None:
+    before, started = descendants(os.getpid()), list[RunningServer]()
+    server = await start(fake("A"), tmp_path, started)
+    assert server.process is not None
+    (guarding,) = descendants(os.getpid()).keys() - before.keys() - {server.process.pid}
+    await stop_servers(started)
+    assert gone(guarding)
+    with subprocess.Popen(["sleep", "3600"], start_new_session=True) as other:
+        guard = Guard(0.0)
+        guard.watch(other.pid)
+        guard.dismiss()
+        assert other.poll() is None
+        other.kill()
 
 
 async def test_why_a_server_does_not_start(fake: Fake, tmp_path: Path) -> None:
