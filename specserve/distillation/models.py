@@ -82,34 +82,27 @@ def new_companion(job: Job) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Texts, padded on the left so that all of them end together. `longest` is the longest continuation."""
+    """Texts, padded on the right, so that causal attention alone keeps what is no text out: no row of a mask is empty,
+    for which fused attention kernels of a GPU give gradients that are no numbers."""
 
     input_ids: Tensor  # [rows, length] int64
-    attention_mask: Tensor  # [rows, length] int64
-    position_ids: Tensor  # [rows, length] int64
-    continued: Tensor  # [rows, longest] bool: whether that token, counted from the end, is of the continuation
-    longest: int
+    read: Tensor  # [width] int64: positions whose logits are read by any text, one after another
+    continued: Tensor  # [rows, width] bool: whether the token behind such a position is of that text's continuation
 
     @classmethod
     def of(cls, samples: Sequence[Sample], device: torch.device) -> Batch:
         """Pad on the host, then copy."""
-        length = max(len(sample.prompt_ids) + len(sample.token_ids) for sample in samples)
-        longest = max(len(sample.token_ids) for sample in samples)
-        ids, mask = torch.zeros(len(samples), length, dtype=torch.long), torch.zeros(len(samples), length).long()
-        continued = torch.zeros(len(samples), longest, dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            tokens = sample.prompt_ids + sample.token_ids
-            ids[row, length - len(tokens) :] = torch.tensor(tokens)
-            mask[row, length - len(tokens) :] = 1
-            continued[row, longest - len(sample.token_ids) :] = True
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        return cls(ids.to(device), mask.to(device), positions.to(device), continued.to(device), longest)
+        texts = [sample.prompt_ids + sample.token_ids for sample in samples]
+        ids = torch.zeros(len(samples), max(map(len, texts)), dtype=torch.long)
+        continued = torch.zeros(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)  # by the position before the token
+        for row, (sample, text) in enumerate(zip(samples, texts, strict=True)):
+            ids[row, : len(text)] = torch.tensor(text)
+            continued[row, len(sample.prompt_ids) - 1 : len(text) - 1] = True
+        read = torch.arange(min(len(sample.prompt_ids) for sample in samples) - 1, continued.shape[1])
+        return cls(ids.to(device), read.to(device), continued[:, read].to(device))
 
 
 def continuation_logits(model: Any, batch: Batch) -> Tensor:
     """Logits of every token of the continuations, text by text: [tokens, vocab] float32."""
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids,
-        use_cache=False, logits_to_keep=batch.longest + 1,
-    ).logits[:, :-1]  # fmt: skip
+    logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=batch.read).logits  # [rows, width, vocab]
     return logits[batch.continued].float()  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from specserve.core.errors import InvalidRequestError
 from specserve.distillation.engines import device_of
 from specserve.distillation.models import Batch, continuation_logits, new_companion, stored_dtype
 from specserve.distillation.samples import Sample
@@ -58,7 +59,8 @@ def train(job: Job, work: WorkFolder, samples: Sequence[Sample], teaching: Teach
             batch = Batch.of([samples[text] for text in texts], device)
             loss = forward_kl(continuation_logits(model, batch), *teaching.of(texts, device))
             _update(loss, trained, optimizer, _rate(step, settings))
-            if (step + 1) % STEPS_A_CHECKPOINT == 0:
+            if (step + 1) % STEPS_A_CHECKPOINT == 0 or step + 1 == settings.steps:
+                _check(loss, trained, step + 1)
                 _save_checkpoint(checkpoint, model, optimizer, step + 1)
                 bar.set_postfix_str(f"KL {loss.item():.3f}", refresh=False)
             bar.update()
@@ -96,6 +98,16 @@ def _update(loss: Tensor, trained: list[nn.Parameter], optimizer: torch.optim.Op
     nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _check(loss: Tensor, trained: list[nn.Parameter], step: int) -> None:
+    """Weights that are no numbers are neither kept nor gone on with. Raises InvalidRequestError."""
+    if not loss.isfinite() or not all(parameter.isfinite().all() for parameter in trained):
+        raise InvalidRequestError(
+            f"Training diverged before step {step}: the loss or a weight is not a finite number. Lower --learning-rate; "
+            "the texts and what the target said of them are kept.",
+            param="learning_rate",
+        )
 
 
 def _save_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from lawbook.zoo import Zoo
-from specserve.core.errors import AdapterBusyError
+from specserve.core.errors import AdapterBusyError, InvalidRequestError
 from specserve.core.sampling_params import SamplingParams
 from specserve.core.seeds import derive_seed
 from specserve.distillation import train as train_module
@@ -119,6 +119,15 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_does(
         resumed = (train(other, work, TEXTS, teaching) / WEIGHTS).read_bytes()
     assert len(steps) == 10 + settings.steps - 8, "it went on behind the last checkpoint"
     assert resumed == whole
+
+
+def test_weights_that_are_no_numbers_are_refused(settings: DistillSettings) -> None:
+    job = resolve(replace(settings, learning_rate=1e30))
+    with work_folder(job) as work:
+        with pytest.raises(InvalidRequestError, match=r"diverged before step \d+.*--learning-rate"):
+            train(job, work, TEXTS, teach(job, work, TEXTS))
+        assert not (work.companion / WEIGHTS).exists()
+        assert not (work.training / "checkpoint.pt").exists()
 
 
 def test_a_step_takes_each_text_once_a_pass(settings: DistillSettings) -> None:
