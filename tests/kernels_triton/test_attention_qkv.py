@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specserve_kernels.attention.decode import Tile, prepare_decode
 from specserve_kernels.attention.interface import SHORT_QUERY, AttentionMetadata, AttentionShape
-from specserve_kernels.attention.paged import PreparedAttention, paged_attention, prepare, qkv_attention
+from specserve_kernels.attention.paged import MOST_FUSED, PreparedAttention, paged_attention, prepare, qkv_attention
 from specserve_kernels.qkv import HeadWeights, rotate_and_cache_ref, rotate_and_cache_triton
 from specserve_kernels.tolerances import OP
 
@@ -259,7 +259,7 @@ def test_the_reference_in_float64(normed: bool, device: torch.device) -> None:
 
 @pytest.mark.parametrize("ragged", [None, (0, 2)])
 def test_who_takes_raw_qkv(ragged: tuple[int, int] | None) -> None:
-    """Forwards of short sequences alone, and none where the reference computes, nor before it is switched on."""
+    """Forwards of short sequences alone, and none where the reference computes; by itself those of few tokens."""
 
     def takes(backend: str, *sequences: tuple[int, int], fused: bool | None = True) -> bool:
         case = Case(sequences, ragged=None if backend == "torch" else ragged)
@@ -268,4 +268,6 @@ def test_who_takes_raw_qkv(ragged: tuple[int, int] | None) -> None:
     assert takes("triton", (5, 1), (9, SHORT_QUERY))
     assert not takes("triton", (5, 1), (9, SHORT_QUERY + 1))
     assert not takes("triton", (5, 1), fused=False)
+    assert takes("triton", *[(5, 1)] * MOST_FUSED, fused=None)
+    assert not takes("triton", *[(5, 1)] * (MOST_FUSED + 1), fused=None)
     assert not takes("torch", (5, 1))

@@ -23,8 +23,9 @@ from specserve_kernels.qkv import HeadWeights
 
 __all__ = ["AttentionMetadata", "AttentionShape", "PreparedAttention", "paged_attention", "prepare", "qkv_attention"]
 
-FUSED = False
-"""Whether forwards whose sequences are all short rotate and write within attention: off until it is measured."""
+MOST_FUSED = 16
+"""Tokens up to which forwards whose sequences are all short rotate and write within attention. On an H200 that takes 0.4
+to 2 µs a layer off with 40 tokens and fewer; 32 decodes of 128 numbers a head get 2.8 µs slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ def prepare(
     meta: AttentionMetadata, shape: AttentionShape, backend: str | None = None, *, fused: bool | None = None
 ) -> PreparedAttention:
     """Compute once what every layer needs. `backend`: one of BACKENDS by name; None: the fastest for this device.
-    `fused`: for measurements, in place of FUSED."""
+    `fused`: for measurements, in place of what MOST_FUSED says."""
     assert len(meta.context_bounds) == meta.rows.shape[0] == meta.query_start.shape[0] - 1, meta
     assert meta.positions.shape == meta.slot_mapping.shape, meta
     if meta.query_lens is None:
@@ -53,7 +54,8 @@ def prepare(
     assert max(meta.context_bounds) <= capacity, "context bound beyond the block table"
     chosen = choose(meta, shape) if backend is None else BACKENDS[backend]
     content = chosen.prepare(meta, shape)
-    takes_qkv = (FUSED if fused is None else fused) and chosen.takes_qkv(content)
+    fused = meta.positions.shape[0] <= MOST_FUSED if fused is None else fused
+    takes_qkv = fused and chosen.takes_qkv(content)
     return PreparedAttention(chosen, content, shape, meta.slot_mapping, takes_qkv)
 
 

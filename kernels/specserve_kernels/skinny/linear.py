@@ -140,9 +140,9 @@ MAX_ROWS = skinny_hopper.MOST_ROWS
 """Beyond so many rows the library's product is the better one …"""
 _MAX_ROWS_OF_LARGE, _LARGE = 32, 32768
 """… beyond so many already where W has more outputs than that: a vocabulary's."""
-MOST_AHEAD = 0
-"""Rows up to which norms are shared. Meant to be 64: with more, the sums of squares, which each program adds up, cost
-more than a kernel for the norm. 0 until tests/kernels_triton/test_skinny.py has passed whole on a Hopper GPU."""
+MOST_AHEAD = 64
+"""Rows up to which norms are shared: with more, the sums of squares, which each program adds up, cost more than a
+kernel for the norm."""
 _MAX_TILES = 4096  # of 64 rows of W: more than any vocabulary has
 
 
