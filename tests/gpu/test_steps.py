@@ -154,28 +154,40 @@ def test_a_graph_does_what_its_launches_do(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("num_drafts", [0, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_graph_of_mixed_steps_does_what_its_launches_do(dtype: str, num_drafts: int) -> None:
+def test_a_graph_of_mixed_steps_does_what_its_launches_do(num_drafts: int) -> None:
     """Prompts come one after another and are cut into chunks beside others' decodes or verifications, so that each step
-    is another mix: in float32 the same tokens, log-probabilities within tolerance."""
+    is another mix: the same tokens in float32, log-probabilities within tolerance. In bfloat16 the demo's logits, which
+    are of order 10, differ by tenths now and then: there graphs must be as near to the truth as launches are."""
+    (eager, none), (graphs, replayed) = (_mixed("float32", num_drafts, enforce_eager=value) for value in (True, False))
+    assert not none and len({tokens for tokens in replayed if tokens > 64}) >= 2, replayed
+    rtol, atol = MODEL[torch.float32]
+    for name, wanted in eager.items():
+        assert [entry.token_id for entry in graphs[name]] == [entry.token_id for entry in wanted]
+        assert len(wanted) == 24
+        values, expected = ([entry.logprob for entry in entries] for entries in (graphs[name], wanted))
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=rtol, atol=atol)
+    launched, replayed_error = (
+        _error(_mixed("bfloat16", num_drafts, enforce_eager=value)[0], eager) for value in (True, False)
+    )
+    assert 0 < replayed_error <= 1.5 * launched
+
+
+def _error(found: dict[str, list[TokenLogprobs]], truth: dict[str, list[TokenLogprobs]]) -> float:
+    """Of log-probabilities, a mean over all tokens until the texts part."""
+    errors: list[float] = []
+    for name, entries in found.items():
+        for mine, wanted in zip(entries, truth[name], strict=True):
+            if mine.token_id != wanted.token_id:
+                break
+            errors.append(abs(mine.logprob - wanted.logprob))
+    assert len(errors) >= 24
+    return sum(errors) / len(errors)
+
+
+def _mixed(dtype: str, num_drafts: int, *, enforce_eager: bool) -> tuple[dict[str, list[TokenLogprobs]], list[int]]:
+    """Log-probabilities of each request, and how many tokens the steps had that were replayed as ragged graphs."""
     speculation = SpeculationParams(num_draft_tokens=num_drafts, proposer="ngram" if num_drafts else None)
     params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=1, ignore_eos=True, speculation=speculation)
-    (eager, none), (graphs, replayed) = (_mixed(dtype, params, enforce_eager=value) for value in (True, False))
-    assert not none and len({tokens for tokens in replayed if tokens > 64}) >= 2, replayed
-    rtol, atol = MODEL[getattr(torch, dtype)]
-    for name, wanted in eager.items():
-        mine = graphs[name]
-        pairs = zip(mine, wanted, strict=True)
-        same = next((i for i, (a, b) in enumerate(pairs) if a.token_id != b.token_id), len(mine))
-        assert dtype != "float32" or same == len(mine) == 24
-        values, expected = ([entry.logprob for entry in entries[:same]] for entries in (mine, wanted))
-        torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=rtol, atol=atol)
-
-
-def _mixed(
-    dtype: str, params: SamplingParams, *, enforce_eager: bool
-) -> tuple[dict[str, list[TokenLogprobs]], list[int]]:
-    """Log-probabilities of each request, and how many tokens the steps had that were replayed as ragged graphs."""
     core = EngineCore(
         EngineConfig(
             model="demo", device="cuda", dtype=dtype, num_blocks=400, max_num_seqs=16, max_num_batched_tokens=200,
