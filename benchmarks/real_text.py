@@ -11,9 +11,9 @@ its figures mean nothing.
 
 α is the share of rounds whose first draft is accepted, at temperature 0.8 by rejection: what Σ min(p, q) is for drafts
 met in practice. An adapter moves the target away from the base's draft, which costs acceptance: of that loss, measured
-against the base model on its own text, a companion wins a share back,
+against the target without the adapter on the same text, a companion wins a share back,
 
-    won back = (α companion - α base draft) / (α base on its own text - α base draft).
+    won back = (α companion - α base draft) / (α without adapter - α base draft).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ AT_ONCE = 8  # requests in a batch
 TEMPERATURE = 0.8
 LEARNING_RATE = 3e-3  # of companions
 BASE = "python"  # the row of the base model without adapters
+WITHOUT = "no adapter"  # the base model and its draft, on a domain's text
 Drafters = dict[str, str | None]  # who drafts → the adapter's name in the engine
 
 
@@ -76,12 +80,8 @@ def main() -> None:
     with Stage(seconds, "draft"):
         real_text_models.train_draft(run)
     domains = run.domains()
-    reports: dict[str, Report] = {}
-    for domain in domains:
-        with Stage(seconds, f"adapter {domain}"):
-            real_text_models.train_adapter(run, domain, len(domains))
-        with Stage(seconds, f"companion {domain}"):
-            reports[domain] = companion(run, domain)
+    with Stage(seconds, "adapters and companions"):
+        reports = dress(run, domains)
     with Stage(seconds, "measuring"):
         cells = measure(run, domains)
     around = surroundings(device) | {"tiny": args.tiny, "models": sizes(run), "seconds": seconds}
@@ -117,6 +117,23 @@ def prepare(run: Run, path: Path | None) -> None:
     tokens.encode(documents, tokenizer, run.work / "tokens.npz")
 
 
+def dress(run: Run, domains: Sequence[str]) -> dict[str, Report]:
+    """An adapter and its companion for each domain. On a GPU, which none of them fills, all at once."""
+    if run.device == "cpu":
+        return {domain: adapter_and_companion(run, domain) for domain in domains}
+    with ProcessPoolExecutor(len(domains), get_context("spawn")) as pool:
+        runs = [replace(run) for _ in domains]  # without the windows, which lie on the device
+        return dict(zip(domains, pool.map(adapter_and_companion, runs, domains), strict=True))
+
+
+def adapter_and_companion(run: Run, domain: str) -> Report:
+    real_text_models.train_adapter(run, domain)
+    release_memory()
+    report = companion(run, domain)
+    print(f"{domain}\n{report.text()}", flush=True)
+    return report
+
+
 def companion(run: Run, domain: str) -> Report:
     """Distil the domain's companion, on beginnings of its training text."""
     scale, prompts = run.scale, run.work / f"{domain}-prompts.jsonl"
@@ -129,9 +146,7 @@ def companion(run: Run, domain: str) -> Report:
         rank=scale.rank, steps=scale.distill_steps, batch_size=scale.distill_batch, learning_rate=LEARNING_RATE,
         device=run.device, force=True,
     )  # fmt: skip
-    report = distill(settings)
-    print(report.text(), flush=True)
-    return report
+    return distill(settings)
 
 
 def measure(run: Run, domains: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -145,7 +160,7 @@ def measure(run: Run, domains: Sequence[str]) -> dict[str, dict[str, dict[str, A
         loras=tuple((name, str(path)) for name, path in (folders | plain).items()),
     )  # fmt: skip
     drafters: dict[str, Drafters] = {BASE: {"base draft": None}}
-    drafters |= {domain: {"base draft": f"{domain}-plain", "companion": domain} for domain in domains}
+    drafters |= {domain: {"base draft": f"{domain}-plain", "companion": domain, WITHOUT: None} for domain in domains}
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for domain, names in drafters.items():
         prompts = run.windows.held_out(f"{domain}.text", run.scale.prompts, run.scale.prompt_tokens).tolist()
@@ -192,7 +207,6 @@ def cell(
 
 def rows(cells: dict[str, dict[str, dict[str, Any]]], reports: dict[str, Report]) -> list[dict[str, Any]]:
     """A row a domain: the cells, speedups over no drafts, and the share of the lost acceptance that was won back."""
-    own = cells[BASE]["sampled"]["base draft"]["alpha"]
     found = []
     for domain, kinds in cells.items():
         row: dict[str, Any] = {"domain": domain, "batch": AT_ONCE, "drafts": NUM_DRAFTS, "cells": kinds}
@@ -200,12 +214,12 @@ def rows(cells: dict[str, dict[str, dict[str, Any]]], reports: dict[str, Report]
             kind: {
                 who: round(figures["tokens_per_second"] / by["no drafts"]["tokens_per_second"], 3)
                 for who, figures in by.items()
-                if who != "no drafts"
+                if who not in ("no drafts", WITHOUT)
             }
             for kind, by in kinds.items()
         }
         if domain in reports:
-            row["won_back"] = won_back(kinds["sampled"], own)
+            row["won_back"] = won_back(kinds["sampled"])
             row["distilled"] = {
                 name: {"alpha": round(one.alpha, 4), "greedy": round(one.greedy, 4)}
                 for name, one in reports[domain].acceptance.items()
@@ -214,9 +228,9 @@ def rows(cells: dict[str, dict[str, dict[str, Any]]], reports: dict[str, Report]
     return found
 
 
-def won_back(by: dict[str, dict[str, Any]], own: float) -> float | None:
-    """Of the acceptance that the adapter lost to the base's; None where it lost less than a point."""
-    lost = own - by["base draft"]["alpha"]
+def won_back(by: dict[str, dict[str, Any]]) -> float | None:
+    """Of the acceptance that the adapter cost; None where it cost less than a point."""
+    lost = by[WITHOUT]["alpha"] - by["base draft"]["alpha"]
     gained: float = by["companion"]["alpha"] - by["base draft"]["alpha"]
     return round(gained / lost, 3) if lost >= 0.01 else None
 

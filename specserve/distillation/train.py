@@ -104,8 +104,8 @@ def _check(loss: Tensor, trained: list[nn.Parameter], step: int) -> None:
     """Weights that are no numbers are neither kept nor gone on with. Raises InvalidRequestError."""
     if not loss.isfinite() or not all(parameter.isfinite().all() for parameter in trained):
         raise InvalidRequestError(
-            f"Training diverged before step {step}: the loss or a weight is not a finite number. Lower --learning-rate; "
-            "the texts and what the target said of them are kept.",
+            f"Training diverged before step {step}: the loss or a weight is not a finite number. "
+            "Lower --learning-rate; the texts and what the target said of them are kept.",
             param="learning_rate",
         )
 

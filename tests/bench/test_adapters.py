@@ -83,7 +83,7 @@ def test_cost_beyond_the_floor_is_a_share_of_the_base(pair: Path) -> None:
 
 def test_loading_beside_streams_and_alone(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_loading, "ROUNDS", 2)
-    rows = rows_of(f"{pair} --section loading --streams 2,3 --seconds 0.4 --every 0.1", tmp_path)
+    rows = rows_of(f"{pair} --section loading --streams 2,3 --seconds 0.8 --every 0.2", tmp_path)
     beside, alone = rows[:6], rows[6:]
     assert [(row["streams"], row["kind"]) for row in beside] == [
         (count, kind) for count in (2, 3) for kind in ("none", "warm", "cold")

@@ -30,7 +30,7 @@ def cells(own: float, base: float, companion: float) -> dict[str, dict[str, dict
         figures = {who: {"alpha": alpha, "tokens_per_second": 100 * alpha} for who, alpha in alphas.items()}
         return {"no drafts": {"tokens_per_second": 20.0}, **{who.replace("_", " "): f for who, f in figures.items()}}
 
-    base_kinds, kinds = kind(base_draft=own), kind(base_draft=base, companion=companion)
+    base_kinds, kinds = kind(base_draft=own), kind(base_draft=base, companion=companion, no_adapter=own)
     return {"python": {"greedy": base_kinds, "sampled": base_kinds}, "cpp": {"greedy": kinds, "sampled": kinds}}
 
 
@@ -39,9 +39,9 @@ def test_the_share_won_back() -> None:
     assert "won_back" not in base
     assert base["speedup"]["greedy"] == {"base draft": 4.0}
     assert cpp["speedup"]["sampled"] == {"base draft": 2.0, "companion": 3.5}
-    assert real_text.won_back(cells(0.8, 0.4, 0.7)["cpp"]["sampled"], own=0.8) == 0.75
-    assert real_text.won_back(cells(0.8, 0.4, 0.3)["cpp"]["sampled"], own=0.8) == -0.25
-    assert real_text.won_back(cells(0.8, 0.795, 0.9)["cpp"]["sampled"], own=0.8) is None
+    assert real_text.won_back(cells(0.8, 0.4, 0.7)["cpp"]["sampled"]) == 0.75
+    assert real_text.won_back(cells(0.8, 0.4, 0.3)["cpp"]["sampled"]) == -0.25
+    assert real_text.won_back(cells(0.8, 0.795, 0.9)["cpp"]["sampled"]) is None
 
 
 @pytest.mark.slow
@@ -52,6 +52,6 @@ def test_a_tiny_run(tmp_path: Path) -> None:
     assert rows[0]["domain"] == "python"
     assert "cpp" in [row["domain"] for row in rows]
     for row in rows[1:]:
-        assert set(row["cells"]["greedy"]) == {"no drafts", "base draft", "companion"}
+        assert set(row["cells"]["greedy"]) == {"no drafts", "base draft", "companion", "no adapter"}
         assert 0 <= row["cells"]["sampled"]["companion"]["alpha"] <= 1
         assert (tmp_path / "adapters" / row["domain"] / "draft" / "adapter_model.safetensors").exists()

@@ -19,7 +19,7 @@ def gone() -> Callable[[int], bool]:
     """Whether a process that was killed a moment ago, by whomever, is no more; a zombie is none."""
 
     def check(pid: int) -> bool:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             try:
                 if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":

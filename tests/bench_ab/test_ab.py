@@ -21,7 +21,7 @@ from specserve.bench.turns import Turn
 from specserve.bench.variants import Variant
 
 Fake = Callable[..., Variant]
-SMALL = AbOptions(concurrency=(2,), rounds=2, requests=6, start_timeout=60.0)
+SMALL = AbOptions(concurrency=(2,), rounds=2, requests=6, start_timeout=120.0)
 TRACE = TraceOptions(input_len=4, output_len=8)
 
 
@@ -175,7 +175,7 @@ def test_a_running_server_that_goes_leaves_what_was_measured(fake: Fake, tmp_pat
     async def both() -> Outcome:
         from specserve.bench.fleet import Fleet  # noqa: PLC0415
 
-        async with Fleet([fake("C", "--die-after", "15")], tmp_path / "other", start_timeout=60, told=print) as other:
+        async with Fleet([fake("C", "--die-after", "15")], tmp_path / "other", start_timeout=120, told=print) as other:
             assert await other.start_together() is None
             return await run(tmp_path, fake("A"), Variant("B", "by URL", url=other.running("C").url))
 
@@ -201,17 +201,17 @@ def test_a_side_that_does_not_start_leaves_nothing(fake: Fake, tmp_path: Path) -
 def test_a_cancelled_comparison_keeps_what_was_measured(
     fake: Fake, gone: Callable[[int], bool], tmp_path: Path
 ) -> None:
-    heard = Heard()
+    heard, before = Heard(), 6 * 2 + 6  # both warmed up, A's first round
 
     async def cancelled() -> tuple[Outcome, int]:
         task = asyncio.create_task(run(tmp_path, fake("A", "--child", str(tmp_path / "child")), fake("B"), heard=heard))
-        heard.on_request = lambda: task.cancel() if heard.ended == 6 * 2 + 6 + 2 else None
+        heard.on_request = lambda: task.cancel() if heard.ended == before + 2 else None
         return await task, int((tmp_path / "child").read_text())
 
     outcome, pid = asyncio.run(cancelled())
     assert outcome.interrupted
-    assert [(one.variant, one.complete, len(one.requests)) for one in outcome.comparison.runs] == [
-        ("A", True, 6), ("B", False, 2),
-    ]  # fmt: skip
+    kept = [(one.variant, one.complete, len(one.requests)) for one in outcome.comparison.runs]
+    assert kept == [("A", True, 6), ("B", False, heard.ended - before)]
+    assert 2 <= heard.ended - before < 6  # another may have ended before all were cut short
     assert read_comparison(tmp_path) == outcome.comparison
     assert gone(pid)

@@ -20,7 +20,7 @@ from specserve.config import DEMO_ROOT
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
 PROMPTS = ["--dataset-name", "custom", "--dataset-path", str(DEMO_ROOT / "prompts.jsonl")]
-DEADLINE = 60.0  # seconds for what must happen; a failure then, not a hang
+DEADLINE = 300.0  # seconds for what must happen; a failure then, not a hang
 
 
 def side(*flags: str) -> str:
@@ -37,7 +37,7 @@ def ab(folder: Path, a: str, b: str, *flags: str) -> subprocess.CompletedProcess
 
 
 def test_a_comparison_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = ab(tmp_path / "out", side("--token-seconds", "0.02"), side("--token-seconds", "0.01"), "--rounds", "3")
+    done = ab(tmp_path / "out", side("--token-seconds", "0.03"), side("--token-seconds", "0.002"), "--rounds", "3")
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("Starting A (")
     assert done.stdout.startswith("B is ")
@@ -49,12 +49,12 @@ def test_a_comparison_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
     assert "B is " in (tmp_path / "out" / "report.html").read_text()
     assert list((tmp_path / "out").glob("*.png"))
     capsys.readouterr()
-    again = ["bench", "report", str(tmp_path / "out"), "--output", str(tmp_path / "again"), "--goodput", "e2el:120"]
+    again = ["bench", "report", str(tmp_path / "out"), "--output", str(tmp_path / "again"), "--goodput", "e2el:239"]
     assert main(again) == 0
     told = capsys.readouterr().out
     assert told.splitlines()[0] == done.stdout.splitlines()[0]
     goodput = next(line for line in told.splitlines() if line.startswith("goodput "))
-    assert float(goodput.split()[1]) == 0 < float(goodput.split()[2])  # 160 ms and 80 ms a request
+    assert float(goodput.split()[1]) == 0 < float(goodput.split()[2])  # 240 ms and 16 ms a request, or more
     assert (tmp_path / "again" / "report.html").exists()
 
 
@@ -176,7 +176,7 @@ def test_the_demo_models_end_to_end(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "specserve.cli.main", "bench", "ab", "--output", str(tmp_path / "out")]
     flags = ["--concurrency", "1,4", "--rounds", "2", "--output-len", "24"]
     words = [*program, "--a", "", "--b", "--draft-model demo", *flags]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=2 * DEADLINE, check=False)
     assert done.returncode == 0, done.stderr
     assert "answers have the same text on both sides (100%)." in done.stdout
     assert done.stdout.count("Drafts accepted") == 2

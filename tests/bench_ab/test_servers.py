@@ -21,12 +21,12 @@ Fake = Callable[..., Variant]
 Gone = Callable[[int], bool]
 
 
-async def start(variant: Variant, folder: Path, started: list[RunningServer], timeout: float = 30.0) -> RunningServer:
+async def start(variant: Variant, folder: Path, started: list[RunningServer], timeout: float = 120.0) -> RunningServer:
     return await start_server(variant, folder / "log", share=0.5, taken=0.0, timeout=timeout, started=started)
 
 
 def fleet(folder: Path, *variants: Variant) -> Fleet:
-    return Fleet(variants, folder, start_timeout=30.0, told=lambda line: None)
+    return Fleet(variants, folder, start_timeout=120.0, told=lambda line: None)
 
 
 async def test_a_server_answers_and_goes(fake: Fake, tmp_path: Path) -> None:
