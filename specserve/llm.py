@@ -93,12 +93,23 @@ class LLM:
         self.engine.close()
 
     def load_adapter(
-        self, name: str, path: str, *, replace: bool = False, pinned: bool = False, weight: float = 1.0
+        self,
+        name: str,
+        path: str,
+        *,
+        draft_path: str | None = None,
+        replace: bool = False,
+        pinned: bool = False,
+        weight: float = 1.0,
     ) -> None:
-        """Read an adapter folder and make it available under `name`; raises AdapterError."""
+        """Read an adapter folder and make it available under `name`, with the companion in its subfolder draft/ or in
+        `draft_path`; raises AdapterError."""
         self._call(
-            LoadAdapter(call_id=next(self._ids), name=name, path=path, replace=replace, pinned=pinned, weight=weight)
-        )
+            LoadAdapter(
+                call_id=next(self._ids), name=name, path=path, draft_path=draft_path, replace=replace, pinned=pinned,
+                weight=weight,
+            )
+        )  # fmt: skip
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; raises NotFoundError."""

@@ -78,10 +78,14 @@ def _telling_of_companion(source: AdapterSource, companion: Path) -> Iterator[No
     try:
         yield
     except (AdapterError, OSError, MemoryError) as error:
+        if source.draft_path is not None:
+            param, instead = "draft_path", "name another draft_path, or none: then the subfolder draft/ is meant."
+        else:
+            param, instead = "path", f"move {companion} away: without one, the draft model drafts as it is."
         raise AdapterError(
             f"Adapter {source.name!r}: draft companion: {_reason(error)} Make another with `specserve adapters distill "
-            f"{source.name}`, or move {companion} away: without one, the draft model drafts as it is.",
-            param="path",
+            f"{source.name}`, or {instead}",
+            param=param,
         ) from error
 
 

@@ -190,3 +190,14 @@ def test_refused_companions_say_what_to_do(open_self: Open, folders: dict[str, P
     assert accepted(llm, "a0") == ALL
     with pytest.raises(AdapterError, match=r"'a0': draft companion: .*specserve adapters distill a0"):
         open_self()  # registered by a look at its files
+
+
+def test_a_refused_draft_path_is_the_field_named(open_self: Open, folders: dict[str, Path], large: Path) -> None:
+    """Whoever named the companion is told so, not to move folders about."""
+    llm = open_self()
+    for companion, said in ((large, "rank 20"), (large.parent, "has no adapter_config.json")):
+        with pytest.raises(AdapterError, match=said) as raised:
+            llm.load_adapter("a0", str(folders["a0"]), draft_path=str(companion), replace=True)
+        assert raised.value.param == "draft_path"
+        assert "name another draft_path, or none" in raised.value.message
+        assert "away" not in raised.value.message
