@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from msgspec.structs import replace
 
+from specserve.core.errors import InvalidRequestError
 from specserve.distillation.engines import release_memory
 from specserve.distillation.measure import BASE, Companions, measure
 from specserve.distillation.models import check_pair
@@ -62,13 +63,18 @@ def _distill(job: Job, work: WorkFolder) -> Report:
 
 def _prompts(job: Job) -> Prompts:
     settings = job.settings
-    longest = check_pair(job) - settings.max_new_tokens
+    context = check_pair(job)
+    if settings.max_new_tokens >= context:
+        raise InvalidRequestError(
+            f"--max-new-tokens must be below the models' context of {context} tokens; got {settings.max_new_tokens}.",
+            param="max_new_tokens",
+        )
     found = (
         text_beginning(job.model)
         if settings.prompts is None
         else read_prompts(settings.prompts, load_tokenizer(job.model))
     )
-    return share_out(found, settings.samples, longest)
+    return share_out(found, settings.samples, context - settings.max_new_tokens)
 
 
 @contextmanager

@@ -82,9 +82,12 @@ def share_out(prompts: Sequence[list[int]], samples: int, longest: int) -> Promp
     Every tenth prompt is held out, and one at least; a single prompt serves both sides.
     """
     fitting = [prompt for prompt in prompts if len(prompt) <= longest]
+    if not prompts:
+        raise InvalidRequestError("--prompts holds no prompt; give one a line.", param="prompts")
     if not fitting:
         raise InvalidRequestError(
-            f"No prompt is left: {len(prompts)} were given, and at most {longest} tokens leave room for the text.",
+            f"--prompts: none of {len(prompts)} leaves room for the text. Give some of at most {longest} tokens, or "
+            "lower --max-new-tokens.",
             param="prompts",
         )
     held_out = fitting[:: round(1 / HELD_OUT_SHARE)]

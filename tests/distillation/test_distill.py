@@ -103,6 +103,13 @@ def test_a_draft_with_another_vocabulary_is_refused(
     assert "vocabulary has 4096 tokens, the target's 61" in capsys.readouterr().err
 
 
+def test_texts_longer_than_the_context_are_refused(
+    settings: DistillSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(settings, max_new_tokens=1 << 20)) == 1
+    assert "--max-new-tokens must be below the models' context of" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_demo_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Texts from their beginning; a minute's training is already worth ten points."""

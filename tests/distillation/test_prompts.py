@@ -63,8 +63,14 @@ def test_held_out_prompts_are_not_trained_on() -> None:
     train, held_out = ({tuple(ids) for ids in part} for part in (shared.train, shared.held_out))
     assert train.isdisjoint(held_out)
     assert len(train | held_out) == 25
-    with pytest.raises(InvalidRequestError, match="No prompt is left"):
-        share_out([[0] * 9], 40, longest=8)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"), [([], "--prompts holds no prompt"), ([[0] * 9], "at most 8 tokens.*--max-new-tokens")]
+)
+def test_no_prompt_that_can_be_used(prompts: list[list[int]], said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=said):
+        share_out(prompts, 40, longest=8)
 
 
 def test_texts_from_their_beginning(tokenizer: Tokenizer) -> None:
