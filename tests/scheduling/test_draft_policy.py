@@ -4,10 +4,11 @@ the best fixed number, wherever that is, and soon there again when the text chan
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
-from schedkit.simulation import ROWS, Simulation, fixed_rate, gpu_like
+from schedkit.simulation import ROWS, Simulation, fixed_rate, gpu_like, mixed_rate
 from specserve.scheduling.cost_table import MAX_AUTO_DRAFTS, MAX_POSITIONS, CostTable
 from specserve.scheduling.curve import Curve
 from specserve.scheduling.probing import SHARE
@@ -20,6 +21,12 @@ SMALL = 2.0  # milliseconds of a target's step beside which drafting is dear
 def best_rate(costs: CostTable, rows: dict[float, int]) -> float:
     most = min(MAX_AUTO_DRAFTS, MAX_POSITIONS // sum(rows.values()) - 1)
     return max(fixed_rate(costs, rows, drafts) for drafts in range(most + 1))
+
+
+def best_mixed_rate(costs: CostTable, rows: dict[float, int]) -> float:
+    """With a number for each α."""
+    lengths = product(range(MAX_AUTO_DRAFTS + 1), repeat=len(rows))
+    return max(mixed_rate(costs, rows, dict(zip(rows, drafts, strict=True))) for drafts in lengths)
 
 
 def dearer(costs: CostTable, times: float) -> CostTable:
@@ -98,6 +105,34 @@ def test_mixed_adapters_draft_differently_and_beat_any_one_number() -> None:
     rate = run.rate(400)
     assert run.chosen[-1]["high"] >= run.chosen[-1]["low"] + 3
     assert rate >= 1.03 * best_rate(costs, {0.3: 16, 0.9: 16})
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("base", "rows", "drafts"), [(6.0, 4, True), (3.0, 8, False)])
+def test_a_rise_is_followed_in_a_mixed_batch(base: float, rows: int, drafts: bool, seed: int) -> None:
+    """Beside rows of another adapter that draft all the time: within 200 tokens of the adapter if it drafts, and if it
+    does not, after 32 probed rows of it at most."""
+    costs = gpu_like(base=base)
+    run = Simulation(costs, {"x": 0.3, "high": 0.9}, seed=seed)
+    others = rows if drafts else 3 * rows
+    for adapter, count in (("x", rows), ("high", others)):
+        for extra in range(count):
+            run.add(adapter, total=600 + 10 * extra)
+    run.run(1200)
+    seen = [step["x"] for step in run.chosen[-20:] if "x" in step and step.get("high")]
+    assert (max(seen) > 0) == drafts
+    run.alphas["x"], tokens, probed = 0.8, run.by_adapter["x"], run.count_probes()
+    if drafts:
+        while run.by_adapter["x"] < tokens + 200:
+            run.step()
+    else:
+        while probed["x"] < 32 and not run.chosen[-1].get("x"):
+            run.step()
+        run.run(20)
+        assert probed["x"] <= 32
+    chosen = {alpha: max(step.get(name, 0) for step in run.chosen[-5:]) for alpha, name in ((0.8, "x"), (0.9, "high"))}
+    held = {0.8: rows, 0.9: others}
+    assert mixed_rate(costs, held, chosen) >= 0.95 * best_mixed_rate(costs, held)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -4,8 +4,8 @@ drives."""
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 from schedkit.adapters import FakeAdapters
@@ -15,6 +15,7 @@ from specserve.core.sampling_params import SamplingParams
 from specserve.scheduling.cost_table import CostTable, DraftCosts
 from specserve.scheduling.curve import Curve
 from specserve.scheduling.kv_cache_manager import KVCacheManager
+from specserve.scheduling.probing import Price
 from specserve.scheduling.request import Request
 from specserve.scheduling.scheduler import Scheduler
 
@@ -49,9 +50,15 @@ def expected(alpha: float, drafts: int) -> float:
 
 def fixed_rate(costs: CostTable, rows: Mapping[float, int], drafts: int) -> float:
     """Tokens a millisecond when every row drafts so many; `rows` by their α."""
-    total = sum(rows.values())
-    tokens = sum(count * expected(alpha, drafts) for alpha, count in rows.items())
-    return tokens / (costs.target(total, total * (1 + drafts)) + costs.draft("draft", total, drafts))
+    return mixed_rate(costs, rows, dict.fromkeys(rows, drafts))
+
+
+def mixed_rate(costs: CostTable, rows: Mapping[float, int], drafts: Mapping[float, int]) -> float:
+    """Tokens a millisecond when the rows of each α draft `drafts[α]`."""
+    total, drafting = sum(rows.values()), sum(rows[alpha] for alpha in rows if drafts[alpha])
+    tokens = sum(count * expected(alpha, drafts[alpha]) for alpha, count in rows.items())
+    verified = total + sum(rows[alpha] * drafts[alpha] for alpha in rows)
+    return tokens / (costs.target(total, verified) + costs.draft("draft", drafting, max(drafts.values())))
 
 
 class Simulation:
@@ -142,6 +149,19 @@ class Simulation:
         tokens, milliseconds = self.tokens, self.milliseconds
         self.run(steps)
         return (self.tokens - tokens) / (self.milliseconds - milliseconds)
+
+    def count_probes(self) -> Counter[str]:
+        """Rows that are probed from now on, by adapter."""
+        probing, counts = self.scheduler.policy.probing, Counter[str]()
+        pick = probing.pick
+
+        def counted(requests: Iterable[Request], price: Price) -> list[Request]:
+            picked = pick(requests, price)
+            counts.update(self.adapter_of[request.request_id] for request in picked)
+            return picked
+
+        probing.pick = counted  # type: ignore[method-assign]
+        return counts
 
     def changes(self, adapter: str, last: int) -> int:
         """How often the number of drafts changed within the last steps."""
