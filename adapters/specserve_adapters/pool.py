@@ -139,6 +139,19 @@ class AdapterPool:
         """Empty `slot`: rows that use it get nothing from it."""
         self.load_slot(slot, None)
 
+    @property
+    def can_pretend(self) -> bool:
+        """Whether `pretend` may be called: all slots are empty, and ranks alone say what a step takes."""
+        return self.grouped and not any(self._ranks)
+
+    def pretend(self, slots: int, rank: int) -> None:
+        """For trials: the first `slots` slots count as adapters of `rank`, whose factors may be anything finite; with
+        rank 0 they are empty again."""
+        assert 0 <= slots <= self.num_slots and 0 <= rank <= self.max_rank
+        self._ranks[:slots] = [rank] * slots
+        self.slot_ranks[:slots].fill_(rank)
+        self._forget_batches()
+
     def _load_linear(self, spec: LinearSpec, a: Tensor, b: Tensor, row: int, adapter: HostAdapter) -> None:
         column = 0
         for key, (_, width) in zip(spec.keys, spec.parts, strict=True):

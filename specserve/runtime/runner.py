@@ -6,6 +6,9 @@ the ticket waits for them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,6 +33,8 @@ from specserve.speculation.registry import ProposerRegistry
 from specserve_adapters.pool import AdapterWork
 from specserve_kernels.commit import commit_tokens
 from specserve_kernels.sampling.rejection import verify
+
+PRETENDED_SLOTS, PRETENDED_RANK = 8, 16  # of trials with adapters: what steps with adapters are like
 
 
 class ModelRunner:
@@ -103,6 +108,20 @@ class ModelRunner:
         largest = StepGraphs(self.target, None, self.rows, sizes, drafts=False).largest()
         if largest is not None:
             largest.forward(largest.sizes[-1], AdapterWork.SOME if with_adapters else AdapterWork.NONE)
+
+    @contextmanager
+    def pretended_adapters(self) -> Iterator[int]:
+        """For trials: as if the first slots held adapters, here so many. 0 where slots are in use, or where ranks do not
+        say what a step takes."""
+        pools = [state.adapters for state in self.states]
+        slots = min(PRETENDED_SLOTS, *(pool.num_slots for pool in pools)) if all(p.can_pretend for p in pools) else 0
+        for pool in pools:
+            pool.pretend(slots, min(PRETENDED_RANK, pool.max_rank))
+        try:
+            yield slots
+        finally:
+            for pool in pools:
+                pool.pretend(slots, 0)
 
     def capture_graphs(self, sizes: Sizes, *, drafts: bool, with_adapters: bool, progress: bool) -> None:
         """Capture graphs of the steps that may come; from then on those steps are replayed. Larger steps are run once,

@@ -31,7 +31,8 @@ class Trial:
 
 
 class Trials:
-    """Runs trials on an executor with steps queued `depth` deep, and begins none when `seconds` have passed."""
+    """Runs trials on an executor with steps queued `depth` deep, and begins none when `seconds` have passed. Their rows
+    take turns in the first `slots` adapter slots; 0: they have no adapters."""
 
     def __init__(
         self,
@@ -40,11 +41,13 @@ class Trials:
         max_model_len: int,
         depth: int,
         seconds: float,
+        slots: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._executor = executor
         self._max_model_len = max_model_len
         self._depth = depth
+        self._slots = slots
         self._clock = clock
         self._end = clock() + seconds
 
@@ -97,6 +100,7 @@ class Trials:
         return NewRow(
             row=row, token_ids=[1] * length, prompt_len=length, params=SamplingParams(temperature=0.0), seed=0,
             stop_ids=(), num_computed=length - 1, num_draft_computed=0 if trial.catch_up else length,
+            adapters=((row % self._slots, 1.0),) if self._slots else (),
         )  # fmt: skip
 
 

@@ -6,16 +6,20 @@ is fitted to the latest steps,
 
     observed − table ≈ offset + slope · (table − decode),
 
-where `decode` is what the table says of a step without drafts. It is a least-squares fit whose past fades and whose
-slope is held towards 0 as long as step times vary more than numbers of drafts do; single stalls are clipped.
+where `decode` is what the table says of a step without drafts. The offset is what steps without drafts show, once some
+were seen, so that what they take is known whatever the others do; the slope is a least-squares fit whose past fades and
+which is held towards 0 as long as step times vary more than numbers of drafts do. Single stalls are clipped, those of
+steps with drafts and those of steps without apart, so that the first of a kind may be a surprise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 FADE = 1.0 - 1.0 / 120.0  # what a step leaves of those before it
+PLAIN_FADE = 0.8  # what a step without drafts leaves of those without before it
 ENOUGH = 3  # steps, to say anything
+EARLY, CONTROL_AFTER = 6, 150  # steps with drafts, until one without is wanted: of the first three, and then
 FAR = 4.0  # times the usual deviation: what lies farther off is brought that near
 TOLERANCE = 0.03  # of a step's time: less is noise, and nobody's choice changes by it
 LEAST_SLOPE = -0.9  # drafts never become free
@@ -44,26 +48,37 @@ class _Fit:
     y: float = 0.0
     xx: float = 0.0
     xy: float = 0.0
-    seen: int = 0
+    plain: int = 0  # steps without drafts that were seen
+    plain_y: float = 0.0  # the mean of what they took beyond the table, of the latest ones
+    seen: int = 0  # steps of either kind
     since_plain: int = 0  # steps since one without drafts
-    deviation: float = 0.0
+    deviations: dict[bool, float] = field(default_factory=dict)  # of steps without drafts, and with
     now: Line = NOTHING
     told: Line = NOTHING
 
     def add(self, x: float, y: float, decode: float) -> None:
-        off = y - self.now.at(x)
-        if self.seen >= 2 * ENOUGH:
-            off = max(-FAR * self.deviation, min(FAR * self.deviation, off))
-        self.deviation = abs(off) if not self.seen else 0.9 * self.deviation + 0.1 * max(abs(off), 0.01 * decode)
+        drafts, off = x > 0.0, y - self.now.at(x)
+        usual = self.deviations.get(drafts)
+        if usual is not None and (self.seen - self.plain if drafts else self.plain) >= 2 * ENOUGH:
+            off = max(-FAR * usual, min(FAR * usual, off))
+        self.deviations[drafts] = abs(off) if usual is None else 0.9 * usual + 0.1 * max(abs(off), 0.01 * decode)
         y = self.now.at(x) + off
         self.weight, self.x, self.y = FADE * self.weight + 1.0, FADE * self.x + x, FADE * self.y + y
         self.xx, self.xy = FADE * self.xx + x * x, FADE * self.xy + x * y
         self.seen += 1
-        self.since_plain = 0 if x == 0.0 else self.since_plain + 1
+        self.since_plain = self.since_plain + 1 if drafts else 0
+        if not drafts:
+            self.plain += 1
+            self.plain_y += max(1.0 - PLAIN_FADE, 1.0 / self.plain) * (y - self.plain_y)
+        self.now = self._line(max(self.deviations[drafts], 0.01 * decode) ** 2)
+
+    def _line(self, doubt: float) -> Line:
+        """`doubt`: the variance of step times; the slope's normal prior has deviation 1."""
+        if self.plain >= ENOUGH:
+            return Line(self.plain_y, max(LEAST_SLOPE, (self.xy - self.plain_y * self.x) / (self.xx + doubt)))
         spread = self.xx - self.x * self.x / self.weight
-        doubt = max(self.deviation, 0.01 * decode) ** 2  # the slope's normal prior has deviation 1
         slope = max(LEAST_SLOPE, (self.xy - self.x * self.y / self.weight) / (spread + doubt))
-        self.now = Line((self.y - slope * self.x) / self.weight, slope)
+        return Line((self.y - slope * self.x) / self.weight, slope)
 
 
 class Corrections:
@@ -91,7 +106,8 @@ class Corrections:
         fit = self._fits.get(rows.bit_length())
         return NOTHING if fit is None else fit.told
 
-    def since_plain(self, rows: int) -> int:
-        """How many steps ago one without drafts was seen."""
+    def wants_plain(self, rows: int) -> bool:
+        """Whether a step without drafts should tell what such a step takes: three early ones, for while all steps have
+        drafts nobody can tell offset from slope, then one now and then."""
         fit = self._fits.get(rows.bit_length())
-        return 0 if fit is None else fit.since_plain
+        return fit is not None and fit.since_plain >= (EARLY if fit.plain < ENOUGH else CONTROL_AFTER)

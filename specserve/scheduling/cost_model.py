@@ -10,26 +10,28 @@ from specserve.scheduling.cost_table import MAX_AUTO_DRAFTS, MAX_POSITIONS, Cost
 from specserve.scheduling.draft_choice import FLOOR, Group, StepCosts
 
 MAX_KEPT = 64
-CATCH_UP_TOKENS = 256  # at which a draft's prefill is priced by the token
+CATCH_UP_TOKENS = 1024  # at which a draft's prefill is priced by the token: that of several requests shares steps
 MAX_CATCH_UP = 0.5  # of a step's time; beyond that its time tells of draft prefill, not of drafts
 
 
 @dataclass(slots=True)
 class StepShape:
-    """A step of decode rows and nothing else: `tokens` = rows + drafts; `drafting[proposer]`: its rows and passes;
-    `catch_up[proposer]`: tokens of draft prefill."""
+    """A step of decode rows and nothing else: `tokens` = rows + drafts; `dressed`: whether any of them has adapters;
+    `drafting[proposer]`: its rows and passes; `catch_up[proposer]`: tokens of draft prefill."""
 
     rows: int
     tokens: int
     drafting: dict[str, tuple[int, int]] = field(default_factory=dict)
     catch_up: dict[str, int] = field(default_factory=dict)
+    dressed: bool = False
 
 
 class CostModel:
-    """`version` changes whenever a cost does; `ratio` is observed over predicted step time, lately."""
+    """`version` changes whenever a cost does; `ratio` is observed over predicted step time, lately. `dressed`: whether
+    it is of steps with adapters."""
 
-    def __init__(self, table: CostTable) -> None:
-        self.table = table
+    def __init__(self, table: CostTable, *, dressed: bool = False) -> None:
+        self.table, self.dressed = table, dressed
         self.ratio = 1.0
         self._corrections = Corrections()
         self._targets: dict[int, list[float]] = {}
@@ -55,6 +57,7 @@ class CostModel:
             worth += group.rows * sum(group.profile[:drafts])
         return StepCosts(
             rows=rows,
+            dressed=self.dressed,
             max_drafts=max_drafts,
             target=target[: max(1, min(len(target), max(spare, asked) + 1))],
             line=self._corrections.line(rows),
@@ -85,9 +88,9 @@ class CostModel:
     def catch_up_per_token(self, proposer: str) -> float:
         return self.table.catch_up(proposer, CATCH_UP_TOKENS) / CATCH_UP_TOKENS
 
-    def since_plain(self, rows: int) -> int:
-        """How many steps ago a step of about so many rows did without drafts."""
-        return self._corrections.since_plain(rows)
+    def wants_plain(self, rows: int) -> bool:
+        """Whether a step of about so many rows should do without drafts, to tell what that takes."""
+        return self._corrections.wants_plain(rows)
 
     def observe(self, shape: StepShape, milliseconds: float) -> None:
         """A step of this shape took so long."""

@@ -37,7 +37,7 @@ class StepCosts:
 
     `target[n]`: with n drafts to verify, 0 … as many as may be drafted; `line`: what is to be added;
     `first[proposer][D]`, `further[proposer][D]`: a pass over D rows. `forced` drafts are asked for by requests: their
-    tokens, what they are worth, and by proposer their rows and passes.
+    tokens, what they are worth, and by proposer their rows and passes. `dressed`: whether that is with adapters.
     """
 
     rows: int
@@ -49,6 +49,7 @@ class StepCosts:
     forced_tokens: int = 0
     forced_worth: float = 0.0
     forced: dict[str, tuple[int, int]] = field(default_factory=dict)
+    dressed: bool = False
 
     def drafting(self, proposer: str, rows: int, passes: int) -> float:
         if not passes or proposer not in self.first:

@@ -23,8 +23,8 @@ from specserve.scheduling.probing import PROBE_DRAFTS, Probing
 from specserve.scheduling.request import Request
 
 HOPEFUL = profile_of(0.95)  # where not even this is worth drafting, nothing is to be learnt by a probe
-CONTROL_AFTER = 150  # steps with drafts, until one without tells again what such a step costs
 HORIZON = 512  # tokens that an answer may be expected to go on for; one that is longer, as long again
+PAYS = 1.25  # times the price of draft prefill that drafting must save: answers end sooner than they may
 BEGIN, GO_ON = 1.04, 1.01  # times the tokens a millisecond of a step without drafts, for drafts to be made at all
 MAX_KEPT = 256
 
@@ -56,7 +56,8 @@ class DraftPolicy:
     def __init__(self, draft_kv: Mapping[str, bool], table: CostTable | None = None) -> None:
         self.acceptance = Acceptance()
         self.probing = Probing(draft_kv)
-        self.model: CostModel | None = None
+        self.models: dict[bool, CostModel] = {}  # of steps without adapters and with; {}: nothing is known
+        self.ratio = 1.0  # observed over predicted time of the kind of step that was last observed, lately
         self.mean_drafts = 0.0  # of the rows that asked for no number, in the last step that had any
         self._draft_kv = draft_kv
         self._shapes: deque[StepShape | None] = deque()  # of steps in flight
@@ -66,9 +67,9 @@ class DraftPolicy:
         if table is not None:
             self.install(table)
 
-    def install(self, table: CostTable) -> None:
-        """From now on the engine chooses by this table."""
-        self.model = CostModel(table)
+    def install(self, table: CostTable, dressed: CostTable | None = None) -> None:
+        """From now on the engine chooses by this table; where rows have adapters by `dressed`, if that is known."""
+        self.models = {False: CostModel(table), True: CostModel(dressed or table, dressed=True)}
         self._kept.clear()
 
     def enter(self, request: Request, adapters: Sequence[tuple[str, float]]) -> None:
@@ -84,18 +85,23 @@ class DraftPolicy:
 
     # --- the choice -------------------------------------------------------------------------------------------------
 
-    def choose(self, decodes: Sequence[Request], spare: int) -> Choice:
-        """Drafts for a step of these rows, which together may take `spare` tokens beside their own."""
+    def choose(self, decodes: Sequence[Request], spare: int, coming: int = 0) -> Choice:
+        """Drafts for a step of these rows, which together may take `spare` tokens beside their own. `coming`: rows that
+        will soon be beside them."""
         free = [request for request in decodes if request.num_draft_tokens is None and request.estimate is not None]
-        if self.model is None or not free:
+        if not self.models or not free:
             return NO_CHOICE
         everybody = counts = _counted(free)
         forced = _forced(decodes) if len(free) < len(decodes) else []
-        costs = self.model.costs(len(decodes), spare, forced)
+        model = self.models[any(request.lora for request in decodes)]
+        costs = model.costs(len(decodes), spare, forced)
         found = self._best(counts, costs)
         behind: set[Request] = set()
         if any(found.drafts):
-            behind = self._behind(free, counts, found, costs)
+            saved = self._saved(counts, found, costs)
+            if coming:
+                saved = min(saved, self._saved_among(counts, costs, model.costs(len(decodes) + coming, spare, [])))
+            behind = self._behind(free, saved, costs)
             if behind:
                 counts = _counted([request for request in free if request not in behind])
                 found = self._best(counts, costs)
@@ -117,11 +123,11 @@ class DraftPolicy:
         return self._best_of(_groups(counts), costs)
 
     def _best_of(self, groups: Sequence[Group], costs: StepCosts) -> Lengths:
-        assert self.model is not None
-        if self.model.version != self._kept_version or len(self._kept) >= MAX_KEPT:
+        version = sum(model.version for model in self.models.values())
+        if version != self._kept_version or len(self._kept) >= MAX_KEPT:
             self._kept.clear()
-            self._kept_version = self.model.version
-        key = (*groups, costs.rows, len(costs.target), costs.forced_worth, *costs.forced.items())
+            self._kept_version = version
+        key = (*groups, costs.dressed, costs.rows, len(costs.target), costs.forced_worth, *costs.forced.items())
         found = self._kept.get(key)
         if found is None:
             found = self._kept[key] = best_lengths(groups, costs)
@@ -134,20 +140,27 @@ class DraftPolicy:
         gain = found.worth / found.milliseconds * none.milliseconds / none.worth
         return found if gain >= (GO_ON if self._drafting else BEGIN) else none
 
-    def _behind(
-        self, free: Sequence[Request], counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts
-    ) -> set[Request]:
-        """Rows whose draft prefill would take longer than drafting saves over the tokens that they have left."""
-        assert self.model is not None
+    def _saved(self, counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts) -> float:
+        """Milliseconds a token that the choice saves, which is negative if it costs some."""
         none = evaluate(_groups(counts), (0,) * len(counts), costs)
-        saved = none.milliseconds / none.worth - found.milliseconds / found.worth  # a token
-        per_token = {name: self.model.catch_up_per_token(name) for name, keeps in self._draft_kv.items() if keeps}
+        return none.milliseconds / none.worth - found.milliseconds / found.worth
+
+    def _saved_among(self, counts: Mapping[Estimate, int], now: StepCosts, soon: StepCosts) -> float:
+        """The same for a batch that grows by rows like these: draft prefill pays in the batch that will be."""
+        grown = {estimate: max(1, rows * soon.rows // now.rows) for estimate, rows in counts.items()}
+        return self._saved(grown, self._best(grown, soon), soon)
+
+    def _behind(self, free: Sequence[Request], saved: float, costs: StepCosts) -> set[Request]:
+        """Rows whose draft prefill would not pay: it takes more than 1 / PAYS of what drafting saves over the tokens
+        that they have left. `saved`: milliseconds a token."""
+        model = self.models[costs.dressed]
+        per_token = {name: model.catch_up_per_token(name) for name, keeps in self._draft_kv.items() if keeps}
         behind = set()
         for request in free:
             assert request.proposer is not None
             price = per_token.get(request.proposer)
             expected = min(request.tokens_left, max(HORIZON, request.num_output_tokens))
-            if price and draft_gap(request) * price > saved * expected:
+            if price and PAYS * draft_gap(request) * price > saved * expected:
                 behind.add(request)
         return behind
 
@@ -169,18 +182,16 @@ class DraftPolicy:
         gaps: Mapping[str, int],
     ) -> float:
         """Milliseconds that probing so many rows of each proposer takes, with `gaps` tokens of draft prefill."""
-        assert self.model is not None
         if sum(rows.values()) * PROBE_DRAFTS + costs.forced_tokens >= len(costs.target):
             return math.inf
         probes = [Group(name, HOPEFUL, count) for name, count in rows.items()]
         drafts = (*found.drafts, *[min(PROBE_DRAFTS, costs.max_drafts)] * len(probes))
         longer = evaluate([*_groups(counts), *probes], drafts, costs).milliseconds - found.milliseconds
-        return longer + sum(self.model.table.catch_up(name, tokens) for name, tokens in gaps.items())
+        return longer + sum(self.models[costs.dressed].table.catch_up(name, tokens) for name, tokens in gaps.items())
 
     def _is_control(self, counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts) -> bool:
         """Whether this step does without drafts, so that it is known what that costs."""
-        assert self.model is not None
-        if not any(found.drafts) or costs.forced or self.model.since_plain(costs.rows) < CONTROL_AFTER:
+        if not any(found.drafts) or costs.forced or not self.models[costs.dressed].wants_plain(costs.rows):
             return False
         none = evaluate(_groups(counts), (0,) * len(counts), costs)
         return self.probing.buy(none.milliseconds - none.worth * found.milliseconds / found.worth)
@@ -197,8 +208,10 @@ class DraftPolicy:
         if milliseconds is None:
             return
         self.probing.earn(milliseconds)
-        if shape is not None and self.model is not None:
-            self.model.observe(shape, milliseconds)
+        if shape is not None and self.models:
+            model = self.models[shape.dressed]
+            model.observe(shape, milliseconds)
+            self.ratio = model.ratio
 
 
 def _counted(requests: Iterable[Request]) -> dict[Estimate, int]:

@@ -80,7 +80,9 @@ class Scheduler:
         """The next step's plan; empty when nothing can run now."""
         decodes = [request for request in self.running if not request.prefilling]
         spare = self._spare_tokens(len(decodes))
-        draft = StepDraft(budget=self.max_num_batched_tokens, spare=spare, choice=self.policy.choose(decodes, spare))
+        coming = len(self.running) - len(decodes) + min(len(self.waiting), len(self.free_rows))
+        choice = self.policy.choose(decodes, spare, coming)
+        draft = StepDraft(budget=self.max_num_batched_tokens, spare=spare, choice=choice)
         for request in list(self.running):
             if request.status is Status.RUNNING:
                 self._plan_prefill(request, draft) if request.prefilling else self._plan_decode(request, draft)

@@ -85,7 +85,8 @@ class StepDraft:
         """What the step's time depends on; None if it holds more than decodes and verifications."""
         if self.prefills or not self.decodes:
             return None
-        shape = StepShape(len(self.decodes), len(self.decodes))
+        dressed = any(entry.request.lora for entry in self.decodes)
+        shape = StepShape(len(self.decodes), len(self.decodes), dressed=dressed)
         for _, _, row in self.decodes:
             if row.proposer is None:
                 continue

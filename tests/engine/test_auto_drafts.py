@@ -19,12 +19,13 @@ def test_steps_are_measured_when_the_first_request_needs_it(open_llm: Open) -> N
     llm = open_llm()
     off = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=30, speculation=NO_SPECULATION)
     plain = [output.token_ids for output in llm.generate(PROMPTS, off)]
-    assert llm.engine.scheduler.policy.model is None
+    assert not llm.engine.scheduler.policy.models
     on = replace(off, speculation=SamplingParams().speculation)
     found = [output.token_ids for output in llm.generate(PROMPTS, on, lora=[None] * 4)]
     assert found == plain, "whatever was measured, and wherever the trials wrote"
-    model = llm.engine.scheduler.policy.model
-    assert model is not None and model.table.verify and model.table.draft("draft_model", 1, 1) >= 0.0
+    models = llm.engine.scheduler.policy.models
+    assert set(models) == {False, True}
+    assert all(model.table.verify and model.table.draft("draft_model", 1, 1) >= 0.0 for model in models.values())
 
 
 def test_a_choice_changes_no_text_at_any_depth(open_llm: Open) -> None:

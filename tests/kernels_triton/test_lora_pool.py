@@ -172,3 +172,17 @@ def test_how_much_the_adapters_of_a_batch_are() -> None:
     assert pool.work([third, second[:0], empty]) is AdapterWork.SOME
     assert pool.work([second, second]) is AdapterWork.SOME
     assert pool.work([second, third]) is pool.work([first]) is AdapterWork.MANY
+
+
+@pytest.mark.usefixtures("triton_pool")
+def test_pretended_adapters_take_work_and_change_nothing(device: torch.device) -> None:
+    pool = AdapterPool(SPECS, 3, 32, torch.float32, device)
+    rows = [((slot, 1.0),) for slot in range(3)]
+    assert pool.can_pretend and pool.work(rows) is AdapterWork.NONE
+    pool.pretend(2, 16)
+    assert pool.slot_ranks.tolist() == [16, 16, 0] and pool.work(rows) is AdapterWork.SOME
+    assert all(not a.any() and not b.any() for a, b in pool.linears)
+    pool.pretend(2, 0)
+    assert pool.slot_ranks.tolist() == [0, 0, 0] and pool.can_pretend
+    pool.load_slot(1, adapter(SPECS, {"q": 4}, torch.float32, seed=1))
+    assert not pool.can_pretend

@@ -128,3 +128,11 @@ def test_step_clock_does_not_count_idleness() -> None:
     clock.idle()
     assert clock.ended() is None
     assert clock.ended() == 250.0
+
+
+def test_rows_take_turns_in_slots_where_there_are_adapters() -> None:
+    for slots, wanted in ((0, [()] * 3), (2, [((0, 1.0),), ((1, 1.0),), ((0, 1.0),)])):
+        machine = Machine()
+        trials = Trials(machine, max_model_len=2048, depth=2, seconds=9.0, slots=slots, clock=machine.clock)
+        trials.milliseconds(uniform(3, 1, "ngram"))
+        assert [new.adapters for new in machine.plans[0].new_rows] == wanted

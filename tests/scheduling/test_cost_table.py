@@ -98,12 +98,22 @@ def test_corrections_do_not_flap_and_follow_a_change() -> None:
     assert corrections.version > version and corrections.line(8).at(4.0) == pytest.approx(16.0, abs=1.0)
 
 
-def test_since_plain_counts_steps_with_drafts() -> None:
+def test_early_steps_without_drafts_tell_offset_from_slope() -> None:
+    """Drafting costs three times what the table says: while all steps draft, that might be anything."""
     corrections = Corrections()
-    observed(corrections, 4.0, 20.0, 7)
-    assert corrections.since_plain(8) == 7
-    observed(corrections, 0.0, 12.0, 1)
-    assert corrections.since_plain(8) == corrections.since_plain(400) == 0
+    assert not corrections.wants_plain(8)
+    steps = []
+    for _ in range(40):
+        plain = corrections.wants_plain(8)
+        steps.append(plain)
+        observed(corrections, 0.0 if plain else 4.0, 10.0 if plain else 22.0, 1)
+    assert steps.count(True) == 3 and steps.index(True) <= 8
+    line = corrections.line(8)
+    assert line.at(0.0) == pytest.approx(0.0, abs=0.5) and line.at(4.0) == pytest.approx(8.0, abs=0.7)
+    observed(corrections, 4.0, 22.0, 100)
+    assert not corrections.wants_plain(8)
+    observed(corrections, 4.0, 22.0, 50)
+    assert corrections.wants_plain(8) and not corrections.wants_plain(400)
 
 
 def test_a_step_that_mostly_catches_up_teaches_nothing_about_drafts() -> None:

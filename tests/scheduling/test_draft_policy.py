@@ -135,6 +135,51 @@ def test_a_rise_is_followed_in_a_mixed_batch(base: float, rows: int, drafts: boo
     assert mixed_rate(costs, held, chosen) >= 0.95 * best_mixed_rate(costs, held)
 
 
+def dressed_like(costs: CostTable) -> CostTable:
+    """The same where verifications of more than 128 tokens take half as long again: beyond them products do not take
+    adapters in."""
+
+    def verified(rows: int, curve: Curve) -> Curve:
+        widths = {rows + 1, *(rows * width for width in (2, 3, 5, 9))}
+        return Curve((n, curve(n) * (1.5 if n > 128 else 1.0)) for n in widths)
+
+    return replace(costs, verify=[(rows, verified(rows, curve)) for rows, curve in costs.verify])
+
+
+def answers(run: Simulation, rows: int, drafts: int | None) -> float:
+    """Milliseconds of so many requests of 512 + 256 tokens that come at once, prefill of both models counted."""
+    begin = run.milliseconds
+    run.add("x", rows, drafts=drafts, total=512 + 256)
+    while run.scheduler.has_work:
+        run.step()
+    return run.milliseconds - begin
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("alpha", [0.5, 0.7, 0.8, 0.9])
+def test_a_full_batch_never_loses_by_drafting(alpha: float, known: bool) -> None:
+    """Where drafts of few rows would pay and those of all do not; what the table does not know of steps with adapters
+    is learnt by one such batch."""
+    costs = gpu_like()
+    run = Simulation(dressed_like(costs), {"x": alpha}, told=costs, noise=0.02, prompt=512, again=False)
+    plain = answers(run, 128, 0)
+    if known:
+        run.scheduler.policy.install(costs, dressed_like(costs))
+    else:
+        answers(run, 128, None)
+    assert answers(run, 128, None) <= plain / 0.98
+
+
+@pytest.mark.parametrize(("rows", "alpha"), [(8, 0.5), (8, 0.8), (32, 0.8), (128, 0.9)])
+def test_answers_that_drafting_makes_shorter_are(rows: int, alpha: float) -> None:
+    """With each fixed number of drafts, and with the choice, which knows nothing of the acceptance at first."""
+    fixed, free = (Simulation(gpu_like(), {"x": alpha}, noise=0.02, prompt=512, again=False, seed=1) for _ in range(2))
+    best = min(answers(fixed, rows, drafts) for drafts in range(5))
+    assert best < answers(fixed, rows, 0) / 1.03, "or there is nothing to be won"
+    answers(free, rows, None)
+    assert answers(free, rows, None) <= 1.04 * best
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_flood_ends_drafting(depth: int) -> None:
     run = Simulation(gpu_like(), {"x": 0.8}, depth=depth)

@@ -153,18 +153,21 @@ class EngineCore:
         """Find out what steps take, if that is not known and nothing runs; without it nothing is drafted unasked. A
         server does so when it starts, others when the first request comes that leaves the number of drafts to us."""
         built, policy = self.built, self.scheduler.policy
-        if policy.model is not None or self.scheduler.has_work:
+        if policy.models or self.scheduler.has_work:
             return
-        trials = Trials(
-            built.runner, max_model_len=built.max_model_len, depth=built.pipeline_depth,
-            seconds=SECONDS.get(built.device.type, SECONDS["cuda"]),
-        )  # fmt: skip
-        table = measure_costs(
-            trials, max_rows=self.config.max_num_seqs, max_tokens=built.max_num_batched_tokens,
+        measured = partial(
+            measure_costs, max_rows=self.config.max_num_seqs, max_tokens=built.max_num_batched_tokens,
             proposers=built.proposers.names,
         )  # fmt: skip
+        trials = partial(
+            Trials, built.runner, max_model_len=built.max_model_len, depth=built.pipeline_depth,
+            seconds=SECONDS.get(built.device.type, SECONDS["cuda"]),
+        )  # fmt: skip
+        table = measured(trials())
+        with built.runner.pretended_adapters() as slots:
+            dressed = measured(trials(slots=slots)) if slots else None
         if table is not None:
-            policy.install(table)
+            policy.install(table, dressed)
 
     def _resolve_params(self, params: SamplingParams, room: int) -> SamplingParams:
         params.validate(self.built.spec.vocab_size)
@@ -239,7 +242,7 @@ class EngineCore:
             num_accepted_tokens=counted.accepted,
             accepted_per_pos=list(counted.accepted_per_pos),
             draft_length=policy.mean_drafts,
-            step_cost_ratio=policy.model.ratio if policy.model is not None else 1.0,
+            step_cost_ratio=policy.ratio,
             probed_rows=policy.probing.probes,
             probe_seconds=policy.probing.spent / 1000.0,
             adapters=adapters,

@@ -13,7 +13,7 @@ SECONDS = {"cpu": 0.8, "cuda": 3.0}  # for all trials
 FREE = "ngram"  # the proposer whose drafts count as free: always there, and one small launch
 DRAFTER = "draft_model"
 FEW, SOME = 1, 4  # drafts, from which the first pass and the further ones are told apart
-CATCH_UP = (16, 256)  # tokens
+CATCH_UP = (16, 256, 1024)  # tokens
 
 Milliseconds = Callable[[Trial], float | None]
 Points = dict[int, float]

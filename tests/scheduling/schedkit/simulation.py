@@ -63,13 +63,14 @@ def mixed_rate(costs: CostTable, rows: Mapping[float, int], drafts: Mapping[floa
 
 class Simulation:
     """`alphas`: chance that a draft is accepted, by adapter; it may change while it runs. `costs` is what steps really
-    take, `told` what the scheduler's table says."""
+    take, `told` what the scheduler's table says. `again`: whoever is done is followed by another like it."""
 
     def __init__(
         self, costs: CostTable, alphas: dict[str, float], *, told: CostTable | None = None, seed: int = 0,
-        depth: int = 1, noise: float = 0.0, prompt: int = 32,
+        depth: int = 1, noise: float = 0.0, prompt: int = 32, again: bool = True,
     ) -> None:  # fmt: skip
         self.costs, self.alphas, self.depth, self.noise, self.prompt = costs, alphas, depth, noise, prompt
+        self.again = again
         self.random = random.Random(seed)
         self.scheduler = Scheduler(
             KVCacheManager(2000, BLOCK_SIZE, enable_prefix_caching=False), FakeAdapters(16),
@@ -114,7 +115,7 @@ class Simulation:
                 self.tokens += len(output.token_ids)
                 adapter = self.adapter_of[output.request_id]
                 self.by_adapter[adapter] += len(output.token_ids)
-                if output.finish_reason is not None:  # somebody else comes
+                if output.finish_reason is not None and self.again:  # somebody else comes
                     self.add(adapter, total=self.totals[output.request_id])
 
     def price(self, plan: StepPlan) -> float:
