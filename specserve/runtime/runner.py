@@ -111,7 +111,7 @@ class ModelRunner:
 
     @contextmanager
     def pretended_adapters(self) -> Iterator[int]:
-        """For trials: as if the first slots held adapters, here so many. 0 where slots are in use, or where ranks do not
+        """For trials: as if the first slots held adapters, here so many. 0 where slots are in use, or ranks do not
         say what a step takes."""
         pools = [state.adapters for state in self.states]
         slots = min(PRETENDED_SLOTS, *(pool.num_slots for pool in pools)) if all(p.can_pretend for p in pools) else 0
