@@ -1,4 +1,8 @@
-"""One buffer for everything that a step tells the device: int64 arrays side by side, moved by one copy."""
+"""One buffer for everything that a step tells the device: int64 arrays side by side, moved by one copy.
+
+Each array begins at a multiple of 16 bytes, as what torch allocates does: kernels are compiled apart for pointers that
+do not, and somebody would wait for that.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor
 from specserve.device import upload
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+_WORDS = 2  # of int64 in 16 bytes
 
 
 class Packer:
@@ -25,10 +30,10 @@ class Packer:
     def add(self, values: Ints | Sequence[int]) -> slice:
         """Handle of a 1-D array of int64."""
         part = np.asarray(values, dtype=np.int64)
-        begin = self._size
-        self._parts.append(part)
-        self._size += part.size
-        return slice(begin, self._size)
+        begin, rest = self._size, -part.size % _WORDS
+        self._parts += [part, np.zeros(rest, dtype=np.int64)]
+        self._size += part.size + rest
+        return slice(begin, begin + part.size)
 
     def upload(self, device: torch.device) -> None:
         """Start the copy; nobody waits for it."""

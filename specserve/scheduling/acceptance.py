@@ -45,9 +45,10 @@ def profile_of(conditional: float) -> Profile:
 
 
 class Estimate:
-    """One key's. `last_probe`: when it was last probed, in the order of probes."""
+    """One key's. `profile` is what the choice is told, `likely` the same without hope. `last_probe`: when it was last
+    probed, in the order of probes."""
 
-    __slots__ = ("_dirty", "_fast", "_prior", "_slow", "_told", "_weight", "key", "last_probe", "profile")
+    __slots__ = ("_dirty", "_fast", "_prior", "_slow", "_told", "_weight", "key", "last_probe", "likely", "profile")
 
     def __init__(self, key: AcceptanceKey, prior: float) -> None:
         self.key = key
@@ -59,6 +60,7 @@ class Estimate:
         self._told: list[float] = []
         self._dirty = True
         self.profile: Profile = ()
+        self.likely: Profile = ()
         self.refresh()
 
     def note(self, planned: int, accepted: int) -> None:
@@ -79,15 +81,24 @@ class Estimate:
             if fast[1] > ENOUGH and abs(fast[0] / fast[1] - slow[0] / slow[1]) > CHANGED:
                 slow[:] = [weight * count for count in fast]
 
+    def fade(self, share: float) -> None:
+        """What was seen counts for less by `share`, beside what will be."""
+        self._weight /= 1.0 - share
+
     def _rescale(self) -> None:
         for counts in self._slow:
             counts[:] = [count / self._weight for count in counts]
         self._weight = 1.0
 
+    @property
+    def rounds(self) -> float:
+        """How many rounds it rests on, as far as they have not faded."""
+        return self._slow[0][1] / self._weight
+
     def told(self) -> list[float]:
         """What the choice is told: the estimates, the first one hopeful."""
         first, *others = self.conditional()
-        deviation = math.sqrt(first * (1.0 - first) / (self._slow[0][1] / self._weight + PRIOR_WEIGHT))
+        deviation = math.sqrt(first * (1.0 - first) / (self.rounds + PRIOR_WEIGHT))
         return [min(1.0, first + HOPE * deviation), *others]
 
     def conditional(self) -> list[float]:
@@ -107,12 +118,16 @@ class Estimate:
         now = self.told()
         if not self._told or max(abs(a - b) for a, b in zip(now, self._told, strict=True)) > TOLERANCE:
             self._told = now
-            product, profile = 1.0, []
-            for value in now:
-                product *= min(1.0, round(value / STEP) * STEP)
-                profile.append(product)
-            self.profile = tuple(profile)
+            self.profile, self.likely = _products(now), _products(self.conditional())
         return self.profile
+
+
+def _products(conditional: list[float]) -> Profile:
+    product, profile = 1.0, []
+    for value in conditional:
+        product *= min(1.0, round(value / STEP) * STEP)
+        profile.append(product)
+    return tuple(profile)
 
 
 class Acceptance:

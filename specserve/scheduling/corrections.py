@@ -7,9 +7,10 @@ is fitted to the latest steps,
     observed − table ≈ offset + slope · (table − decode),
 
 where `decode` is what the table says of a step without drafts. The offset is what steps without drafts show, once some
-were seen, so that what they take is known whatever the others do; the slope is a least-squares fit whose past fades and
-which is held towards 0 as long as step times vary more than numbers of drafts do. Single stalls are clipped, those of
-steps with drafts and those of steps without apart, so that the first of a kind may be a surprise.
+were seen, so that what they take is known whatever the others do. The slope is a least-squares fit, to what the others
+took beyond the offset of their time, whose past fades and which is held towards 0 as long as step times vary more than
+numbers of drafts do. Single stalls are clipped, those of steps with drafts and those of steps without apart, so that
+the first of a kind may be a surprise.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class _Fit:
     xy: float = 0.0
     plain: int = 0  # steps without drafts that were seen
     plain_y: float = 0.0  # the mean of what they took beyond the table, of the latest ones
+    beyond: float = 0.0  # faded sum of x times what steps took beyond that
     seen: int = 0  # steps of either kind
     since_plain: int = 0  # steps since one without drafts
     deviations: dict[bool, float] = field(default_factory=dict)  # of steps without drafts, and with
@@ -67,15 +69,18 @@ class _Fit:
         self.xx, self.xy = FADE * self.xx + x * x, FADE * self.xy + x * y
         self.seen += 1
         self.since_plain = self.since_plain + 1 if drafts else 0
+        self.beyond = FADE * self.beyond + x * (y - self.plain_y)
         if not drafts:
             self.plain += 1
             self.plain_y += max(1.0 - PLAIN_FADE, 1.0 / self.plain) * (y - self.plain_y)
+            if self.plain <= ENOUGH:  # so far there was no offset to speak of
+                self.beyond = self.xy - self.plain_y * self.x
         self.now = self._line(max(self.deviations[drafts], 0.01 * decode) ** 2)
 
     def _line(self, doubt: float) -> Line:
         """`doubt`: the variance of step times; the slope's normal prior has deviation 1."""
         if self.plain >= ENOUGH:
-            return Line(self.plain_y, max(LEAST_SLOPE, (self.xy - self.plain_y * self.x) / (self.xx + doubt)))
+            return Line(self.plain_y, max(LEAST_SLOPE, self.beyond / (self.xx + doubt)))
         spread = self.xx - self.x * self.x / self.weight
         slope = max(LEAST_SLOPE, (self.xy - self.x * self.y / self.weight) / (spread + doubt))
         return Line((self.y - slope * self.x) / self.weight, slope)

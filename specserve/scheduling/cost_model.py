@@ -12,6 +12,7 @@ from specserve.scheduling.draft_choice import FLOOR, Group, StepCosts
 MAX_KEPT = 64
 CATCH_UP_TOKENS = 1024  # at which a draft's prefill is priced by the token: that of several requests shares steps
 MAX_CATCH_UP = 0.5  # of a step's time; beyond that its time tells of draft prefill, not of drafts
+LEAST, MOST, NEW = 0.5, 4.0, 0.2  # of the table's draft prefill: the bounds of what is believed, and a step's weight
 
 
 @dataclass(slots=True)
@@ -27,12 +28,12 @@ class StepShape:
 
 
 class CostModel:
-    """`version` changes whenever a cost does; `ratio` is observed over predicted step time, lately. `dressed`: whether
-    it is of steps with adapters."""
+    """`version` changes whenever a cost does; `ratio` is observed over predicted step time, lately, `catching_up` the
+    same of draft prefill alone. `dressed`: whether it is of steps with adapters."""
 
     def __init__(self, table: CostTable, *, dressed: bool = False) -> None:
         self.table, self.dressed = table, dressed
-        self.ratio = 1.0
+        self.ratio = self.catching_up = 1.0
         self._corrections = Corrections()
         self._targets: dict[int, list[float]] = {}
         self._first: dict[str, list[float]] = {name: [0.0] for name in table.drafting}
@@ -85,8 +86,12 @@ class CostModel:
                 first.append(costs.first(count))
                 further.append(costs.further(count))
 
+    def catch_up(self, proposer: str, tokens: int) -> float:
+        """Milliseconds of the draft model's prefill over `tokens`."""
+        return self.catching_up * self.table.catch_up(proposer, tokens)
+
     def catch_up_per_token(self, proposer: str) -> float:
-        return self.table.catch_up(proposer, CATCH_UP_TOKENS) / CATCH_UP_TOKENS
+        return self.catch_up(proposer, CATCH_UP_TOKENS) / CATCH_UP_TOKENS
 
     def wants_plain(self, rows: int) -> bool:
         """Whether a step of about so many rows should do without drafts, to tell what that takes."""
@@ -96,12 +101,15 @@ class CostModel:
         """A step of this shape took so long."""
         if shape.tokens > shape.rows and not self.table.verify:
             return
-        catch_up = sum(self.table.catch_up(name, tokens) for name, tokens in shape.catch_up.items())
+        catch_up = sum(self.catch_up(name, tokens) for name, tokens in shape.catch_up.items())
         drafting = sum(self.table.draft(name, *used) for name, used in shape.drafting.items())
-        table = self.table.target(shape.rows, shape.tokens) + drafting + catch_up
-        if catch_up > MAX_CATCH_UP * table:
+        decode, table = self.table.decode(shape.rows), self.table.target(shape.rows, shape.tokens) + drafting
+        line = self._corrections.line(shape.rows)
+        if catch_up > MAX_CATCH_UP * (table + catch_up):
+            seen = self.catching_up * (milliseconds - table - line.at(table - decode)) / catch_up
+            self.catching_up += NEW * (max(LEAST, min(MOST, seen)) - self.catching_up)
             return
-        decode = self.table.decode(shape.rows)
-        predicted = max(table + self._corrections.line(shape.rows).at(table - decode), FLOOR * table)
+        table += catch_up
+        predicted = max(table + line.at(table - decode), FLOOR * table)
         self.ratio += 0.02 * (min(milliseconds / predicted, 10.0) - self.ratio)
         self._corrections.observe(shape.rows, decode, table, milliseconds)

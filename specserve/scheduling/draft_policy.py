@@ -24,7 +24,8 @@ from specserve.scheduling.request import Request
 
 HOPEFUL = profile_of(0.95)  # where not even this is worth drafting, nothing is to be learnt by a probe
 HORIZON = 512  # tokens that an answer may be expected to go on for; one that is longer, as long again
-PAYS = 1.25  # times the price of draft prefill that drafting must save: answers end sooner than they may
+KNOWN, TRIED_ROWS = 24, 4  # rounds of a key, until more than a few of its rows pay for draft prefill
+PAYS, PAYS_IF_HOPED = 1.3, 4.0  # times draft prefill's price that drafting must save, probably or with luck
 BEGIN, GO_ON = 1.04, 1.01  # times the tokens a millisecond of a step without drafts, for drafts to be made at all
 MAX_KEPT = 256
 
@@ -97,20 +98,20 @@ class DraftPolicy:
         costs = model.costs(len(decodes), spare, forced)
         found = self._best(counts, costs)
         behind: set[Request] = set()
+        tried: set[Request] = set()
         if any(found.drafts):
-            saved = self._saved(counts, found, costs)
-            if coming:
-                saved = min(saved, self._saved_among(counts, costs, model.costs(len(decodes) + coming, spare, [])))
-            behind = self._behind(free, saved, costs)
+            soon = model.costs(len(decodes) + coming, spare, []) if coming else None
+            behind = self._behind(free, self._saved(counts, found, costs, soon), costs)
+            tried = self._tried(free, behind, dict(zip(counts, found.drafts, strict=True)))
             if behind:
                 counts = _counted([request for request in free if request not in behind])
                 found = self._best(counts, costs)
             found = self._if_worthwhile(counts, found, costs)
         self._drafting = any(found.drafts)
-        probed: Sequence[Request] = ()
+        probed: Collection[Request] = tried
         if self._is_control(counts, found, costs):
-            found = found._replace(drafts=(0,) * len(counts))
-        elif (behind or not all(found.drafts)) and self._hopeful(everybody, costs):
+            found, probed = found._replace(drafts=(0,) * len(counts)), ()
+        elif not tried and (behind or not all(found.drafts)) and self._hopeful(everybody, costs):
             lengths = dict(zip(counts, found.drafts, strict=True))
             idle = [request for request in free if not lengths.get(cast(Estimate, request.estimate))]
             probed = self.probing.pick(idle, partial(self._price, counts, found, costs))
@@ -140,31 +141,47 @@ class DraftPolicy:
         gain = found.worth / found.milliseconds * none.milliseconds / none.worth
         return found if gain >= (GO_ON if self._drafting else BEGIN) else none
 
-    def _saved(self, counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts) -> float:
-        """Milliseconds a token that the choice saves, which is negative if it costs some."""
-        none = evaluate(_groups(counts), (0,) * len(counts), costs)
-        return none.milliseconds / none.worth - found.milliseconds / found.worth
+    def _saved(
+        self, counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts, soon: StepCosts | None
+    ) -> tuple[float, float]:
+        """Milliseconds a token that the choice saves, as things probably are and as may be hoped; negative if it costs
+        some. `soon`: steps of the batch that will be, in which draft prefill must pay as well."""
+        saved = _saves(counts, found.drafts, costs)
+        if soon is not None:
+            grown = {estimate: max(1, rows * soon.rows // costs.rows) for estimate, rows in counts.items()}
+            later = _saves(grown, self._best(grown, soon).drafts, soon)
+            saved = min(saved[0], later[0]), min(saved[1], later[1])
+        return saved
 
-    def _saved_among(self, counts: Mapping[Estimate, int], now: StepCosts, soon: StepCosts) -> float:
-        """The same for a batch that grows by rows like these: draft prefill pays in the batch that will be."""
-        grown = {estimate: max(1, rows * soon.rows // now.rows) for estimate, rows in counts.items()}
-        return self._saved(grown, self._best(grown, soon), soon)
-
-    def _behind(self, free: Sequence[Request], saved: float, costs: StepCosts) -> set[Request]:
-        """Rows whose draft prefill would not pay: it takes more than 1 / PAYS of what drafting saves over the tokens
-        that they have left. `saved`: milliseconds a token."""
+    def _behind(self, free: Sequence[Request], saved: tuple[float, float], costs: StepCosts) -> set[Request]:
+        """Rows whose draft prefill would not pay, for it takes too much of what drafting saves over the tokens that
+        they have left. `saved`: see _saved."""
         model = self.models[costs.dressed]
         per_token = {name: model.catch_up_per_token(name) for name, keeps in self._draft_kv.items() if keeps}
+        worth = max(saved[0] / PAYS, saved[1] / PAYS_IF_HOPED)  # milliseconds for each token that is left
         behind = set()
         for request in free:
             assert request.proposer is not None
             price = per_token.get(request.proposer)
             expected = min(request.tokens_left, max(HORIZON, request.num_output_tokens))
-            if price and PAYS * draft_gap(request) * price > saved * expected:
+            if price and draft_gap(request) * price > worth * expected:
                 behind.add(request)
         return behind
 
     # --- learning on purpose ----------------------------------------------------------------------------------------
+
+    def _tried(self, free: Sequence[Request], behind: set[Request], lengths: Mapping[Estimate, int]) -> set[Request]:
+        """Of rows whose draft prefill seems to pay, but of whose like next to nothing is known: a few that draft to
+        find out. All of that like are put into `behind`, which they are until then."""
+        tried: set[Request] = set()
+        unknown = {estimate for estimate, drafts in lengths.items() if drafts and estimate.rounds < KNOWN}
+        for estimate in unknown:
+            alike = [request for request in free if request.estimate is estimate]
+            costly = [one for one in alike if self._draft_kv[estimate.key.proposer] and one not in behind]
+            if len(costly) > TRIED_ROWS:
+                tried.update(sorted(costly, key=draft_gap)[:TRIED_ROWS])
+                behind.update(alike)
+        return tried
 
     def _hopeful(self, counts: Mapping[Estimate, int], costs: StepCosts) -> bool:
         """Whether there could be an acceptance at which these rows draft."""
@@ -187,7 +204,7 @@ class DraftPolicy:
         probes = [Group(name, HOPEFUL, count) for name, count in rows.items()]
         drafts = (*found.drafts, *[min(PROBE_DRAFTS, costs.max_drafts)] * len(probes))
         longer = evaluate([*_groups(counts), *probes], drafts, costs).milliseconds - found.milliseconds
-        return longer + sum(self.models[costs.dressed].table.catch_up(name, tokens) for name, tokens in gaps.items())
+        return longer + sum(self.models[costs.dressed].catch_up(name, tokens) for name, tokens in gaps.items())
 
     def _is_control(self, counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts) -> bool:
         """Whether this step does without drafts, so that it is known what that costs."""
@@ -212,6 +229,19 @@ class DraftPolicy:
             model = self.models[shape.dressed]
             model.observe(shape, milliseconds)
             self.ratio = model.ratio
+
+
+def _saves(counts: Mapping[Estimate, int], drafts: Sequence[int], costs: StepCosts) -> tuple[float, float]:
+    """Milliseconds a token that so many drafts save: with the likely acceptance, and with the hopeful one."""
+    found = []
+    for hopeful in (False, True):
+        groups = [
+            Group(estimate.key.proposer, estimate.refresh() if hopeful else estimate.likely, rows)
+            for estimate, rows in counts.items()
+        ]
+        none, some = evaluate(groups, (0,) * len(groups), costs), evaluate(groups, drafts, costs)
+        found.append(none.milliseconds / none.worth - some.milliseconds / some.worth)
+    return found[0], found[1]
 
 
 def _counted(requests: Iterable[Request]) -> dict[Estimate, int]:

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from schedkit.simulation import ROWS, Simulation, fixed_rate, gpu_like, mixed_rate
+from schedkit.simulation import CONTEXT, ROWS, Simulation, fixed_rate, gpu_like, h200_like, mixed_rate
 from specserve.scheduling.cost_table import MAX_AUTO_DRAFTS, MAX_POSITIONS, CostTable
 from specserve.scheduling.curve import Curve
 from specserve.scheduling.probing import SHARE
@@ -146,10 +146,10 @@ def dressed_like(costs: CostTable) -> CostTable:
     return replace(costs, verify=[(rows, verified(rows, curve)) for rows, curve in costs.verify])
 
 
-def answers(run: Simulation, rows: int, drafts: int | None) -> float:
-    """Milliseconds of so many requests of 512 + 256 tokens that come at once, prefill of both models counted."""
+def answers(run: Simulation, rows: int, drafts: int | None, out: int = 256) -> float:
+    """Milliseconds of so many requests that come at once, prefill of both models counted."""
     begin = run.milliseconds
-    run.add("x", rows, drafts=drafts, total=512 + 256)
+    run.add("x", rows, drafts=drafts, total=run.prompt + out)
     while run.scheduler.has_work:
         run.step()
     return run.milliseconds - begin
@@ -172,12 +172,30 @@ def test_a_full_batch_never_loses_by_drafting(alpha: float, known: bool) -> None
 
 @pytest.mark.parametrize(("rows", "alpha"), [(8, 0.5), (8, 0.8), (32, 0.8), (128, 0.9)])
 def test_answers_that_drafting_makes_shorter_are(rows: int, alpha: float) -> None:
-    """With each fixed number of drafts, and with the choice, which knows nothing of the acceptance at first."""
-    fixed, free = (Simulation(gpu_like(), {"x": alpha}, noise=0.02, prompt=512, again=False, seed=1) for _ in range(2))
-    best = min(answers(fixed, rows, drafts) for drafts in range(5))
-    assert best < answers(fixed, rows, 0) / 1.03, "or there is nothing to be won"
-    answers(free, rows, None)
-    assert answers(free, rows, None) <= 1.04 * best
+    """Beside the best fixed number of drafts; the first batch, which finds out what drafts are worth, left out."""
+
+    def some(drafts: int | None) -> float:
+        run = Simulation(gpu_like(), {"x": alpha}, noise=0.02, prompt=512, again=False, seed=1)
+        return sum([answers(run, rows, drafts) for _ in range(6)][1:])
+
+    best = min(some(drafts) for drafts in range(5))
+    assert best < some(0) / 1.03, "or there is nothing to be won"
+    assert some(None) <= 1.04 * best
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("rows", [2, 8, 32, 64, 128])
+def test_what_no_table_says_is_no_reason_to_lose(rows: int, alpha: float) -> None:
+    """An 8B as it was measured: contexts make steps longer, draft prefill takes half as long again as it should, and
+    all answers begin at once, so that the last of them draft alone."""
+
+    def some(drafts: int | None) -> float:
+        run = Simulation(
+            h200_like(), {"x": alpha}, noise=0.02, prompt=256, again=False, depth=2, context=CONTEXT, catching_up=1.5
+        )
+        return sorted([answers(run, rows, drafts, out=128) for _ in range(6)][1:])[2]
+
+    assert some(None) <= some(0) / 0.98
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -48,8 +48,9 @@ def _known_runs(
     first = 0
     for short, group in groupby(length <= SHORT_QUERY for length in query_lens):
         last = first + sum(1 for _ in group)
-        if short:
-            yield prepare_decode(meta, shape, first, last - first, Queries(1, max(query_lens[first:last])))
+        if short:  # one or SHORT_QUERY: each number between would be a kernel to compile while somebody waits
+            most = 1 if max(query_lens[first:last]) == 1 else SHORT_QUERY
+            yield prepare_decode(meta, shape, first, last - first, Queries(1, most))
         else:
             yield prepare_prefill(meta, shape, first, last - first)
         first = last

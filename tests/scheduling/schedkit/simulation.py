@@ -43,6 +43,26 @@ def gpu_like(*, base: float = 6.0, token: float = 0.02, dear_from: int = 320, de
     )  # fmt: skip
 
 
+def h200_like() -> CostTable:
+    """An 8B and a 1B in bfloat16 on an H200, at short contexts, from measured rounds: more than 256 tokens are dear."""
+    verified = {
+        1: [(2, 3.98), (5, 4.05), (8, 4.1)],
+        8: [(9, 4.35), (16, 4.5), (40, 4.9), (64, 5.4)],
+        32: [(33, 4.9), (64, 5.3), (128, 5.7), (256, 9.0)],
+        128: [(129, 6.6), (256, 9.2), (384, 13.0), (512, 17.0)],
+        256: [(257, 10.2), (512, 17.0)],
+    }
+    a_pass = Curve([(1, 0.93), (8, 0.95), (32, 1.0), (128, 1.35), (256, 1.9)])
+    return CostTable(
+        decode=Curve([(1, 3.92), (8, 4.03), (32, 4.24), (64, 4.7), (128, 5.7), (256, 9.1)]),
+        verify=[(rows, Curve(points)) for rows, points in verified.items()],
+        drafting={"draft": DraftCosts(a_pass, a_pass, catch_up=Curve([(16, 0.9), (256, 1.3), (1024, 3.4)]))},
+    )
+
+
+CONTEXT = 3.2e-5  # milliseconds: 128 KB of KV a token at 4 TB/s
+
+
 def expected(alpha: float, drafts: int) -> float:
     """Tokens of a round: 1 + α + … + α^k."""
     return sum(alpha**position for position in range(drafts + 1))
@@ -63,14 +83,17 @@ def mixed_rate(costs: CostTable, rows: Mapping[float, int], drafts: Mapping[floa
 
 class Simulation:
     """`alphas`: chance that a draft is accepted, by adapter; it may change while it runs. `costs` is what steps really
-    take, `told` what the scheduler's table says. `again`: whoever is done is followed by another like it."""
+    take, `told` what the scheduler's table says. `again`: whoever is done is followed by another like it. What
+    no table says: `context` milliseconds a step takes longer for each token of the rows' contexts, a pass of the draft
+    a quarter of that, and draft prefill takes `catching_up` times as long."""
 
     def __init__(
         self, costs: CostTable, alphas: dict[str, float], *, told: CostTable | None = None, seed: int = 0,
         depth: int = 1, noise: float = 0.0, prompt: int = 32, again: bool = True,
+        context: float = 0.0, catching_up: float = 1.0,
     ) -> None:  # fmt: skip
         self.costs, self.alphas, self.depth, self.noise, self.prompt = costs, alphas, depth, noise, prompt
-        self.again = again
+        self.again, self.context, self.catching_up = again, context, catching_up
         self.random = random.Random(seed)
         self.scheduler = Scheduler(
             KVCacheManager(2000, BLOCK_SIZE, enable_prefix_caching=False), FakeAdapters(16),
@@ -126,7 +149,8 @@ class Simulation:
         prefill = sum(row.num_new for row in plan.rows if row.start is not None)
         taken = self.costs.target(len(rows), len(rows) + sum(drafting)) if rows else self.costs.decode(1)
         taken += self.costs.draft("draft", len(drafting), max(drafting, default=0)) + 0.02 * prefill
-        return taken + self.costs.catch_up("draft", behind)
+        contexts = sum((1.0 + 0.25 * row.num_drafts) * row.context_bound for row in rows)
+        return taken + self.catching_up * self.costs.catch_up("draft", behind) + self.context * contexts
 
     def _row(self, row: PlanRow) -> RowResult:
         if not row.samples:
