@@ -98,7 +98,7 @@ bench-text: $(INSTALLED) ## Measure on a GPU what draft companions give on real 
 profile: $(PAIRS)/pair/pair.json ## Show where a decode step's time goes: MODE=lora8_spec4 BATCH=8
 	$(BIN)/python -m benchmarks.step_profile $(PAIRS)/pair --mode $(firstword $(subst $(COMMA), ,$(MODE))) --batch $(BATCH)
 
-plots: $(INSTALLED) ## Draw docs/images from results: RESULTS=benchmarks/results/speculation.jsonl
+plots: $(INSTALLED) ## Draw docs/images from results: RESULTS=benchmarks/results/h200-speculation.jsonl
 	$(BIN)/python -m benchmarks.plots $(if $(RESULTS),--results $(RESULTS))
 
 readme-pictures: $(INSTALLED) ## Draw README's pictures from a kept comparison: AB=benchmarks/results/ab-cpu

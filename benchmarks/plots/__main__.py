@@ -16,7 +16,7 @@ from benchmarks.plots.style import save
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if there was nothing to be drawn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/speculation.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/h200-speculation.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     args = parser.parse_args(argv)
     if not args.results.exists():
