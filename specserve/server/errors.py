@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 
 from specserve.core.errors import AuthenticationError, InvalidRequestError, SpecserveError
+from specserve.server.body_hints import hint
 from specserve.server.state import STATE
 
 logger = logging.getLogger(__name__)
@@ -94,12 +95,14 @@ def _check_key(request: web.Request, api_key: str | None) -> None:
 
 
 async def read_body(request: web.Request, kind: type[T]) -> T:
-    """The JSON body as a `kind`; raises InvalidRequestError naming the field that is missing, unknown or wrong."""
+    """The JSON body as a `kind`; raises InvalidRequestError naming the field that is missing, unknown or wrong, and
+    what is known or allowed in its place."""
     data = await request.read()
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"{error}.", param=_field_of(str(error))) from error
+        said = str(error)
+        raise InvalidRequestError(f"{said}{hint(said, kind)}.", param=_field_of(said)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequestError(f"The body is no valid JSON: {error}.") from error
 
