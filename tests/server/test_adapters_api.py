@@ -56,6 +56,23 @@ def test_vllm_routes(scripted_server: Server, two: str) -> None:
     assert call("GET", "/v1/adapters/two")[0] == 404
 
 
+def test_vllm_routes_name_their_own_fields(scripted_server: Server, two: str) -> None:
+    call = scripted_server.request
+
+    def refused(route: str, **body: str) -> tuple[int, str, str]:
+        status, answer = call("POST", f"/v1/{route}_lora_adapter", body)
+        return status, answer["error"]["param"], answer["error"]["message"]
+
+    status, param, message = refused("load", lora_name="two", lora_path="/etc")
+    assert (status, param, message.split(" lies")[0]) == (403, "lora_path", "lora_path '/etc'")
+    status, param, message = refused("load", lora_name="two", lora_path=two + "-missing")  # the engine's own word
+    assert (status, param) == (400, "lora_path")
+    assert message == f"{two}-missing is no folder."
+    assert refused("load", lora_name="a/b", lora_path=two)[:2] == (400, "lora_name")
+    call("POST", "/v1/adapters", {"name": "two", "path": two})
+    assert refused("load", lora_name="two", lora_path=two)[:2] == (409, "lora_name")
+
+
 def test_weight_of_an_adapter(scripted_server: Server, two: str) -> None:
     """It comes with a load and stays over reloads that say nothing of it, pins and vLLM's loads among them."""
     call = scripted_server.request
