@@ -1,8 +1,8 @@
 """DraftPolicy: what the scheduler asks, once a step, about how many tokens each decode row drafts.
 
 It brings together what a step costs (cost_table.py, corrected by the steps that ran), how likely drafts are accepted
-(acceptance.py), the choice between the two (draft_choice.py), and a little probing. The choice depends on what earlier
-steps gave, never on what this one drafts, so verification stays exact.
+(acceptance.py), the choice between the two (draft_choice.py), whose draft prefill pays (draft_prefill.py), and a little
+probing. The choice depends on what earlier steps gave, never on what this one drafts, so verification stays exact.
 """
 
 from __future__ import annotations
@@ -18,32 +18,30 @@ from specserve.scheduling.acceptance import Acceptance, AcceptanceKey, Estimate,
 from specserve.scheduling.cost_model import CostModel, StepShape
 from specserve.scheduling.cost_table import CostTable
 from specserve.scheduling.draft_choice import Group, Lengths, StepCosts, best_lengths, evaluate
+from specserve.scheduling.draft_prefill import Saving, first_to_try, unknown, unpaid
 from specserve.scheduling.drafts import draft_gap
 from specserve.scheduling.probing import PROBE_DRAFTS, Probing
 from specserve.scheduling.request import Request
 
 HOPEFUL = profile_of(0.95)  # where not even this is worth drafting, nothing is to be learnt by a probe
-HORIZON = 512  # tokens that an answer may be expected to go on for; one that is longer, as long again
-KNOWN, TRIED_ROWS = 24, 4  # rounds of a key, until more than a few of its rows pay for draft prefill
-PAYS, PAYS_IF_HOPED = 1.3, 4.0  # times draft prefill's price that drafting must save, probably or with luck
 BEGIN, GO_ON = 1.04, 1.01  # times the tokens a millisecond of a step without drafts, for drafts to be made at all
 MAX_KEPT = 256
 
 
 @dataclass(slots=True)
 class Choice:
-    """One step's: drafts by key, and of which rows this is not true: those that are probed, and those that would have
-    to catch up more of the draft's KV than their drafts are worth."""
+    """One step's: drafts by key, and of which rows this is not true: those that are probed, and those that are idle, as
+    they would have to catch up more of the draft's KV than their drafts are worth."""
 
     lengths: dict[Estimate, int] = field(default_factory=dict)
     probed: Collection[Request] = ()
-    behind: Collection[Request] = ()
+    idle: Collection[Request] = ()
 
     def drafts(self, request: Request) -> int:
         """For a request that asked for no number."""
         if request in self.probed:
             return PROBE_DRAFTS
-        if request.estimate is None or request in self.behind:
+        if request.estimate is None or request in self.idle:
             return 0
         return self.lengths.get(request.estimate, 0)
 
@@ -97,27 +95,25 @@ class DraftPolicy:
         model = self.models[any(request.lora for request in decodes)]
         costs = model.costs(len(decodes), spare, forced)
         found = self._best(counts, costs)
-        behind: set[Request] = set()
-        tried: set[Request] = set()
+        idle, tried = set[Request](), set[Request]()
         if any(found.drafts):
             soon = model.costs(len(decodes) + coming, spare, []) if coming else None
-            behind = self._behind(free, self._saved(counts, found, costs, soon), costs)
-            tried = self._tried(free, behind, dict(zip(counts, found.drafts, strict=True)))
-            if behind:
-                counts = _counted([request for request in free if request not in behind])
+            idle, tried = self._not_yet(free, counts, found, costs, soon)
+            if idle:
+                counts = _counted([request for request in free if request not in idle])
                 found = self._best(counts, costs)
             found = self._if_worthwhile(counts, found, costs)
         self._drafting = any(found.drafts)
         probed: Collection[Request] = tried
         if self._is_control(counts, found, costs):
             found, probed = found._replace(drafts=(0,) * len(counts)), ()
-        elif not tried and (behind or not all(found.drafts)) and self._hopeful(everybody, costs):
+        elif not tried and (idle or not all(found.drafts)) and self._hopeful(everybody, costs):
             lengths = dict(zip(counts, found.drafts, strict=True))
-            idle = [request for request in free if not lengths.get(cast(Estimate, request.estimate))]
-            probed = self.probing.pick(idle, partial(self._price, counts, found, costs))
+            others = [request for request in free if not lengths.get(cast(Estimate, request.estimate))]
+            probed = self.probing.pick(others, partial(self._price, counts, found, costs))
         drafted = sum(rows * drafts for rows, drafts in zip(counts.values(), found.drafts, strict=True))
         self.mean_drafts = drafted / len(free)
-        return Choice(dict(zip(counts, found.drafts, strict=True)), frozenset(probed), behind)
+        return Choice(dict(zip(counts, found.drafts, strict=True)), frozenset(probed), idle)
 
     def _best(self, counts: Mapping[Estimate, int], costs: StepCosts) -> Lengths:
         """The choice; steps repeat, and so does it."""
@@ -141,47 +137,34 @@ class DraftPolicy:
         gain = found.worth / found.milliseconds * none.milliseconds / none.worth
         return found if gain >= (GO_ON if self._drafting else BEGIN) else none
 
-    def _saved(
-        self, counts: Mapping[Estimate, int], found: Lengths, costs: StepCosts, soon: StepCosts | None
-    ) -> tuple[float, float]:
-        """Milliseconds a token that the choice saves, as things probably are and as may be hoped; negative if it costs
-        some. `soon`: steps of the batch that will be, in which draft prefill must pay as well."""
-        saved = _saves(counts, found.drafts, costs)
+    def _not_yet(
+        self,
+        free: Sequence[Request],
+        counts: Mapping[Estimate, int],
+        found: Lengths,
+        costs: StepCosts,
+        soon: StepCosts | None,
+    ) -> tuple[set[Request], set[Request]]:
+        """Rows that do not draft for they would have to be caught up first, and those few of them that do so to find
+        out what it is worth. `soon`: steps of the batch that will be, in which it must pay as well."""
+        late = [request for request in free if self._draft_kv[cast(str, request.proposer)] and draft_gap(request)]
+        if not late:
+            return set(), set()
+        saving = Saving.of(counts, found.drafts, costs)
         if soon is not None:
             grown = {estimate: max(1, rows * soon.rows // costs.rows) for estimate, rows in counts.items()}
-            later = _saves(grown, self._best(grown, soon).drafts, soon)
-            saved = min(saved[0], later[0]), min(saved[1], later[1])
-        return saved
-
-    def _behind(self, free: Sequence[Request], saved: tuple[float, float], costs: StepCosts) -> set[Request]:
-        """Rows whose draft prefill would not pay, for it takes too much of what drafting saves over the tokens that
-        they have left. `saved`: see _saved."""
+            saving = saving.and_also(Saving.of(grown, self._best(grown, soon).drafts, soon))
         model = self.models[costs.dressed]
-        per_token = {name: model.catch_up_per_token(name) for name, keeps in self._draft_kv.items() if keeps}
-        worth = max(saved[0] / PAYS, saved[1] / PAYS_IF_HOPED)  # milliseconds for each token that is left
-        behind = set()
-        for request in free:
-            assert request.proposer is not None
-            price = per_token.get(request.proposer)
-            expected = min(request.tokens_left, max(HORIZON, request.num_output_tokens))
-            if price and draft_gap(request) * price > worth * expected:
-                behind.add(request)
-        return behind
+        idle = unpaid(late, saving, {name: model.catch_up_per_token(name) for name, kv in self._draft_kv.items() if kv})
+        tried: set[Request] = set()
+        paying = [request for request in late if request not in idle]
+        for estimate in unknown(paying, dict(zip(counts, found.drafts, strict=True))):
+            alike = [request for request in free if request.estimate is estimate]
+            tried.update(first_to_try(request for request in alike if request not in idle))
+            idle.update(alike)
+        return idle, tried
 
     # --- learning on purpose ----------------------------------------------------------------------------------------
-
-    def _tried(self, free: Sequence[Request], behind: set[Request], lengths: Mapping[Estimate, int]) -> set[Request]:
-        """Of rows whose draft prefill seems to pay, but of whose like next to nothing is known: a few that draft to
-        find out. All of that like are put into `behind`, which they are until then."""
-        tried: set[Request] = set()
-        unknown = {estimate for estimate, drafts in lengths.items() if drafts and estimate.rounds < KNOWN}
-        for estimate in unknown:
-            alike = [request for request in free if request.estimate is estimate]
-            costly = [one for one in alike if self._draft_kv[estimate.key.proposer] and one not in behind]
-            if len(costly) > TRIED_ROWS:
-                tried.update(sorted(costly, key=draft_gap)[:TRIED_ROWS])
-                behind.update(alike)
-        return tried
 
     def _hopeful(self, counts: Mapping[Estimate, int], costs: StepCosts) -> bool:
         """Whether there could be an acceptance at which these rows draft."""
@@ -229,19 +212,6 @@ class DraftPolicy:
             model = self.models[shape.dressed]
             model.observe(shape, milliseconds)
             self.ratio = model.ratio
-
-
-def _saves(counts: Mapping[Estimate, int], drafts: Sequence[int], costs: StepCosts) -> tuple[float, float]:
-    """Milliseconds a token that so many drafts save: with the likely acceptance, and with the hopeful one."""
-    found = []
-    for hopeful in (False, True):
-        groups = [
-            Group(estimate.key.proposer, estimate.refresh() if hopeful else estimate.likely, rows)
-            for estimate, rows in counts.items()
-        ]
-        none, some = evaluate(groups, (0,) * len(groups), costs), evaluate(groups, drafts, costs)
-        found.append(none.milliseconds / none.worth - some.milliseconds / some.worth)
-    return found[0], found[1]
 
 
 def _counted(requests: Iterable[Request]) -> dict[Estimate, int]:
