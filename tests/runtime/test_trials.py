@@ -136,3 +136,17 @@ def test_rows_take_turns_in_slots_where_there_are_adapters() -> None:
         trials = Trials(machine, max_model_len=2048, depth=2, seconds=9.0, slots=slots, clock=machine.clock)
         trials.milliseconds(uniform(3, 1, "ngram"))
         assert [new.adapters for new in machine.plans[0].new_rows] == wanted
+
+
+class Slow(Machine):
+    """A draft's prefill takes a millisecond for ten tokens."""
+
+    def seconds(self, plan: StepPlan) -> float:
+        return super().seconds(plan) + 1e-4 * sum(row.draft_prefill for row in plan.rows)
+
+
+def test_long_draft_prefill_is_tried_where_it_is_fast() -> None:
+    for machine, most in ((Machine(), 1024), (Slow(), 256)):
+        trials = Trials(machine, max_model_len=2048, depth=1, seconds=60.0, clock=machine.clock)
+        measure_costs(trials, max_rows=8, max_tokens=2048, proposers=["draft_model"])
+        assert max(row.draft_prefill for plan in machine.plans for row in plan.rows) == most

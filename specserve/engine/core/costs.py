@@ -13,7 +13,7 @@ SECONDS = {"cpu": 0.8, "cuda": 3.0}  # for all trials
 FREE = "ngram"  # the proposer whose drafts count as free: always there, and one small launch
 DRAFTER = "draft_model"
 FEW, SOME = 1, 4  # drafts, from which the first pass and the further ones are told apart
-CATCH_UP = (16, 256, 1024)  # tokens
+CATCH_UP, LONG = (16, 256, 1024), 20.0  # tokens; milliseconds beyond which more of them are not tried
 
 Milliseconds = Callable[[Trial], float | None]
 Points = dict[int, float]
@@ -103,3 +103,5 @@ def _measure_catch_up(found: _Found, milliseconds: Milliseconds, max_tokens: int
         if whole is None:
             return
         found.catch_up[tokens] = max(0.0, whole - found.decode[1])
+        if whole > LONG:
+            return
