@@ -38,10 +38,10 @@ class NameRecord:
     pinned: bool = False
     weight: float = 1.0  # share of tokens beside other adapters, > 0
     current: Entry | None = None  # what the next request gets; None: a new entry, to be read from disk
-    version: str = ""  # these four: as of the last read
-    rank: int = 0
-    num_bytes: int = 0
-    has_draft: bool = False
+    version: str = ""  # these four: as of the last read, "" and None before the first
+    rank: int | None = None
+    num_bytes: int | None = None
+    has_draft: bool | None = None
     running: int = 0
     requests: int = 0
     tokens: int = 0

@@ -15,7 +15,7 @@ SORTS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "requests": lambda info: (-info["requests"], info["name"]),
     "tokens": lambda info: (-info["tokens"], info["name"]),
     "last-use": lambda info: (-(info["last_used"] or 0.0), info["name"]),
-    "size": lambda info: (-info["num_bytes"], info["name"]),
+    "size": lambda info: (-(info["num_bytes"] or 0), info["name"]),
 }
 
 
@@ -29,16 +29,17 @@ def table(infos: Sequence[dict[str, Any]]) -> str:
 
 
 def _row(info: dict[str, Any]) -> tuple[str, ...]:
-    read, acceptance = bool(info["version"]), info["acceptance"]
+    # null: its folder has not been read yet
+    num_bytes, has_draft, acceptance = info["num_bytes"], info["has_draft"], info["acceptance"]
     return (
         info["name"],
         info["tier"] + (f"/{info['state']}" if info["state"] else ""),
         "-" if info["slot"] is None else str(info["slot"]),
-        str(info["rank"]) if read else "-",
-        size(info["num_bytes"]) if read else "-",
+        "-" if info["rank"] is None else str(info["rank"]),
+        "-" if num_bytes is None else size(num_bytes),
         f"{info['weight']:g}",
         _yes(info["pinned"]),
-        _yes(info["has_draft"]) if read else "-",
+        "-" if has_draft is None else _yes(has_draft),
         str(info["running"]),
         str(info["requests"]),
         str(info["tokens"]),

@@ -143,11 +143,11 @@ class AdapterInfo(msgspec.Struct, kw_only=True):
     tier: Literal["disk", "host", "device"]  # where requests find it; one that is on its way is still where it was
     state: Literal["reading", "loading"] | None = None  # on its way from disk to host memory, or to the device
     slot: int | None = None
-    rank: int = 0
-    num_bytes: int = 0
+    rank: int | None = None  # this, num_bytes and has_draft: of the last read, None before the first
+    num_bytes: int | None = None
     weight: float = 1.0
     pinned: bool = False
-    has_draft: bool = False
+    has_draft: bool | None = None
     running: int = 0
     requests: int = 0
     tokens: int = 0

@@ -14,7 +14,7 @@ import pytest
 from serverkit.processes import Server
 from specserve.cli.main import main
 from specserve.cli.progress import call_each
-from specserve.cli.tables import age, size, table
+from specserve.cli.tables import SORTS, age, size, table
 
 Run = Callable[..., str]
 
@@ -131,11 +131,17 @@ def test_cells() -> None:
     ]
     assert [age(value) for value in (-0.1, 0.5, 59.9, 200, 7200, 200_000)] == ["now", "now", "59s", "3min", "2h", "2d"]
     info = {
-        "name": "a", "tier": "disk", "state": "reading", "slot": None, "rank": 0, "num_bytes": 0, "weight": 1.0,
-        "pinned": False, "has_draft": False, "running": 0, "requests": 2, "tokens": 0, "acceptance": None,
+        "name": "a", "tier": "disk", "state": "reading", "slot": None, "rank": None, "num_bytes": None, "weight": 1.0,
+        "pinned": False, "has_draft": None, "running": 0, "requests": 2, "tokens": 0, "acceptance": None,
         "last_used": None, "version": "",
     }  # fmt: skip
-    assert rows(table([info]))["a"]["TIER"] == "disk/reading"
+    unread = rows(table([info]))["a"]
+    assert unread["TIER"] == "disk/reading"
+    assert (unread["RANK"], unread["SIZE"], unread["DRAFT"], unread["VERSION"]) == ("-", "-", "-", "-")
+    read = info | {"name": "b", "rank": 8, "num_bytes": 1000, "has_draft": False, "version": "0123456789abcdef"}
+    assert [one["name"] for one in sorted([info, read], key=SORTS["size"])] == ["b", "a"]
+    cells = rows(table([info, read]))["b"]
+    assert (cells["RANK"], cells["SIZE"], cells["DRAFT"], cells["VERSION"]) == ("8", "1.0kB", "no", "0123456789ab")
 
 
 class Terminal:

@@ -125,10 +125,13 @@ def test_what_is_no_plain_lora_is_refused_by_name(
 def test_a_folder_of_adapters_is_there_and_unread_at_start(server: Server) -> None:
     infos = listed(server)
     assert {"a", "b", "c"} <= infos.keys()
+    for unread in (infos["c"], server.request("GET", "/v1/adapters/c")[1]):
+        assert (unread["version"], unread["rank"], unread["num_bytes"], unread["has_draft"]) == ("", None, None, None)
     complete(server, "c")
     info = server.request("GET", "/v1/adapters/c")[1]
     assert (info["tier"], info["state"], info["rank"], info["requests"], info["running"]) == ("device", None, 4, 1, 0)
     assert info["num_bytes"] > 0
+    assert info["has_draft"] is False
     assert info["last_used"] > 1e9
 
 

@@ -183,11 +183,11 @@ class ScriptedCore:
             path=call.path,
             version=f"v-{call.name}" if call.read else "",
             tier="host" if call.read else "disk",
-            rank=4,
-            num_bytes=1000,
+            rank=4 if call.read else None,
+            num_bytes=1000 if call.read else None,
             pinned=call.pinned or (call.name in self._adapters and self._adapters[call.name].pinned),
             weight=call.weight,
-            has_draft=call.draft_path is not None,
+            has_draft=call.draft_path is not None if call.read else None,
         )
 
 

@@ -81,7 +81,7 @@ class Books:
         tiers = self._seen.adapter_tiers
         used = tiers.host_bytes
         listed = {info.version: info for info in self._adapters.values() if info.tier != "disk"}
-        assert sum(info.num_bytes for info in listed.values()) <= used
+        assert sum(info.num_bytes or 0 for info in listed.values()) <= used
         assert (
             sum(info.slot is not None for info in listed.values()) <= tiers.slots_used <= tiers.slots == self.num_slots
         )
@@ -90,7 +90,7 @@ class Books:
         self.over_budget += 1
         needed = {meaning for asked in live for meaning in asked.meanings}
         sizes = [self.ledger.size(meaning) for meaning in needed]
-        pinned = sum(info.num_bytes for info in self._adapters.values() if info.pinned)
+        pinned = sum(info.num_bytes or 0 for info in self._adapters.values() if info.pinned)
         if None not in sizes:
             assert used <= pinned + sum(size or 0 for size in sizes), "more than requests need, beyond the budget"
 

@@ -70,6 +70,7 @@ class Ledger:
         content = self.contents[info.version]
         assert info.path == name.path, f"{info} is not from {name.path}"
         assert content in self.held(name.path, name.since), f"{info} is {content}, which was not there"
+        assert info.num_bytes is not None
         self.sizes[info.version] = info.num_bytes
         if info.tier == "disk":
             return None
