@@ -9,7 +9,7 @@ from specserve_adapters.entry import AdapterSource, Entry, LoadTicket, NameRecor
 from specserve_adapters.library import Library
 from specserve_adapters.live import LiveUses
 from specserve_adapters.reading import ReadQueue
-from specserve_adapters.room import check_pin
+from specserve_adapters.room import check_pin, pin_name
 from specserve_adapters.store import StoredAdapter
 
 
@@ -115,7 +115,7 @@ class Intake:
             self._names.set_current(record, Entry(record, ticket.source, stored.version))
         record.source, record.weight = ticket.source, ticket.weight
         if ticket.pinned:
-            self._names.pin(record, True)
+            pin_name(record, self._names, self._library.tiers.slots.num_slots)
         _describe(record, stored)
         self._finish(ticket, None)
         self._library.reclaim(old)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from specserve.core.messages import AdapterInfo
 from specserve_adapters.catalogue import Catalogue, adapter_info
 from specserve_adapters.entry import NameRecord
+from specserve_adapters.room import pin_name
 from specserve_adapters.store import StoredAdapter
 from specserve_adapters.tiers import Tiers
 
@@ -36,7 +37,10 @@ class Library:
 
     def pin(self, record: NameRecord, pinned: bool) -> None:
         """Pin a name: whatever it means stays."""
-        self.names.pin(record, pinned)
+        if pinned:
+            pin_name(record, self.names, self.tiers.slots.num_slots)
+        else:
+            self.names.pin(record, False)
         self.sync_pins()
 
     def sync_pins(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,39 @@ def test_a_thousand_names_cost_a_step_nothing(make: MakeManager, write_adapter: 
 
 def _nobody_looks(names: object) -> None:
     raise AssertionError("a loop over all names")
+
+
+def test_a_pin_that_takes_the_last_slot_is_told(
+    make: MakeManager, write_adapter: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a pin or by a load that pins; once, and not again by what changes nothing."""
+    caplog.set_level(logging.WARNING, "specserve_adapters")
+    manager = make(num_slots=2)
+    for seed, name in enumerate("abc"):
+        write_adapter(tmp_path / name, seed)
+        manager.register(name, tmp_path / name)
+
+    def told() -> list[str]:
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    manager.pin("a", True)
+    assert told() == []
+    manager.pin("b", True)
+    (message,) = told()
+    assert message.startswith("2 of 2 device slots are pinned, the last one for adapter 'b': ")
+    assert "specserve adapters unpin" in message
+    assert "--max-loras" in message
+    with pytest.raises(AdapterBusyError):  # as the message says
+        manager.acquire((LoraRef("c"),))
+    manager.pin("b", True)
+    assert manager.load_now("b", tmp_path / "b", replace=True, pinned=True).error is None
+    with pytest.raises(AdapterBusyError):
+        manager.pin("c", True)
+    assert told() == []
+    manager.pin("a", False)
+    assert told() == []
+    assert manager.load_now("c", tmp_path / "c", pinned=True).error is None
+    (message,) = told()
+    assert message.startswith("2 of 2 device slots are pinned, the last one for adapter 'c': ")
