@@ -14,6 +14,8 @@ from specserve_kernels.dispatch import backend
 from specserve_kernels.language import power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 
+MIN_BLOCK = 16  # tokens a row: up to 15 drafts compile once
+
 
 def commit_tokens_ref(
     history: Tensor, num_tokens: Tensor, rows: Tensor, tokens: Tensor, counts: Tensor | None
@@ -28,21 +30,24 @@ def commit_tokens_ref(
 
 
 @relaunched
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride", "num_columns"],
+    do_not_specialize_on_alignment=["rows", "tokens", "counts", "packed"],
+)
 def _commit_kernel(
-    history, num_tokens, rows, tokens, counts, packed, width, stride,
-    NUM_COLUMNS: tl.constexpr, HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+    history, num_tokens, rows, tokens, counts, packed, width, stride, num_columns,
+    HAS_COUNTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
     row = tl.load(rows + index)
     length = tl.load(num_tokens + row)
-    count = tl.load(counts + index) if HAS_COUNTS else tl.full((), NUM_COLUMNS, tl.int64)
+    count = tl.load(counts + index) if HAS_COUNTS else num_columns.to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < NUM_COLUMNS
+    inside = column < num_columns
     token = tl.load(tokens + index * stride + column, mask=inside)
     tl.store(history + row * width + length + column, token, mask=inside)
-    tl.store(packed + index * (NUM_COLUMNS + 1) + 1 + column, token, mask=inside)
-    tl.store(packed + index * (NUM_COLUMNS + 1), count)
+    tl.store(packed + index * (num_columns + 1) + 1 + column, token, mask=inside)
+    tl.store(packed + index * (num_columns + 1), count)
     tl.store(num_tokens + row, length + count)
 
 
@@ -52,8 +57,8 @@ def commit_tokens_triton(
     batch, columns = tokens.shape
     packed = tokens.new_empty(batch, columns + 1)
     _commit_kernel[(batch,)](
-        history, num_tokens, rows, tokens, counts, packed, history.shape[1], tokens.stride(0),
-        NUM_COLUMNS=columns, HAS_COUNTS=counts is not None, BLOCK=power_of_2(columns), num_warps=1,
+        history, num_tokens, rows, tokens, counts, packed, history.shape[1], tokens.stride(0), columns,
+        HAS_COUNTS=counts is not None, BLOCK=max(MIN_BLOCK, power_of_2(columns)), num_warps=1,
     )  # fmt: skip
     return packed
 

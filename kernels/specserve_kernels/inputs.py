@@ -49,7 +49,7 @@ def gather_inputs_ref(
 
 
 @relaunched
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["token_rows", "positions"])
 def _gather_inputs_kernel(
     token_rows, positions, num_tokens, history, block_tables, input_ids, places, slots,
     count, width, max_blocks, block_size, last_position, BLOCK: tl.constexpr,
@@ -70,7 +70,8 @@ def gather_inputs_triton(
     token_rows: Tensor, positions: Tensor, tables: RowTables, block_size: int, last_position: int
 ) -> TokenInputs:
     count = token_rows.shape[0]
-    found = TokenInputs(*token_rows.new_empty(3, count).unbind(0))
+    # Each begins at 16 bytes: for pointers that do not, whoever reads them would be compiled once more.
+    found = TokenInputs(*token_rows.new_empty(3, count + count % 2)[:, :count].unbind(0))
     _gather_inputs_kernel[(cdiv(count, BLOCK),)](
         token_rows, positions, *tables, *found, count, tables.history.shape[1], tables.block_tables.shape[1],
         block_size, last_position, BLOCK=BLOCK,

@@ -19,6 +19,7 @@ from specserve_kernels.language import power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 
 BLOCK = 1024
+MIN_COLUMNS = 16  # drafts a row that compile once
 
 
 def ngram_lookup_ref(
@@ -46,10 +47,10 @@ def ngram_lookup_ref(
 
 
 @relaunched
-@triton.jit
+@triton.jit(do_not_specialize=["num_drafts"], do_not_specialize_on_alignment=["tokens", "counts", "rows", "limits"])
 def _ngram_kernel(
-    tokens, counts, history, num_tokens, rows, limits, width,
-    NUM_DRAFTS: tl.constexpr, MIN_NGRAM: tl.constexpr, MAX_NGRAM: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, counts, history, num_tokens, rows, limits, width, num_drafts,
+    MIN_NGRAM: tl.constexpr, MAX_NGRAM: tl.constexpr, BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program b: row rows[b], as much of it as is known."""
@@ -74,7 +75,7 @@ def _ngram_kernel(
     count = tl.where(found > 0, tl.minimum(tl.load(limits + index), last - after + 1), 0)
     column = tl.arange(0, COLUMNS)
     token = tl.load(text + after + column, mask=column < count, other=0)
-    tl.store(tokens + index * NUM_DRAFTS + column, token, mask=column < NUM_DRAFTS)
+    tl.store(tokens + index * num_drafts + column, token, mask=column < num_drafts)
     tl.store(counts + index, count)
 
 
@@ -84,8 +85,8 @@ def ngram_lookup_triton(
     tokens = history.new_empty(rows.shape[0], max_drafts)
     counts = history.new_empty(rows.shape[0])
     _ngram_kernel[(rows.shape[0],)](
-        tokens, counts, history, num_tokens, rows, limits, history.shape[1],
-        NUM_DRAFTS=max_drafts, MIN_NGRAM=min_ngram, MAX_NGRAM=max_ngram, BLOCK=BLOCK, COLUMNS=power_of_2(max_drafts),
+        tokens, counts, history, num_tokens, rows, limits, history.shape[1], max_drafts,
+        MIN_NGRAM=min_ngram, MAX_NGRAM=max_ngram, BLOCK=BLOCK, COLUMNS=max(MIN_COLUMNS, power_of_2(max_drafts)),
         num_warps=8,
     )  # fmt: skip
     return tokens, counts

@@ -43,7 +43,7 @@ def _shortest_part(heads):
 
 
 @relaunched
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["positions", "query_start", "rows"])
 def _plan_kernel(
     positions,
     query_start,
