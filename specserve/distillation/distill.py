@@ -53,7 +53,7 @@ def _distill(job: Job, work: WorkFolder) -> Report:
     report = Report(
         name=job.settings.name, acceptance=acceptance, stored=job.output, work=work.root,
         temperature=job.settings.temperature, num_texts=len(samples["train"]), num_tokens=int(teaching.starts[-1]),
-        too_long=prompts.too_long, seconds=seconds,
+        num_held_out=len(samples["held_out"]), too_long=prompts.too_long, seconds=seconds,
     )  # fmt: skip
     if report.gain < 0 and not job.settings.force:
         return replace(report, stored=None)

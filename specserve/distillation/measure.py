@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from specserve.core.sampling_params import SamplingParams, SpeculationParams
 from specserve.core.seeds import derive_seed
 from specserve.distillation.engines import device_of, engine, release_memory
 from specserve.distillation.models import Batch, continuation_logits, load_base, with_adapters
+from specserve.distillation.ratios import Ratio, ratio
 from specserve.distillation.samples import NAME, Sample
 from specserve.distillation.settings import Job
 from specserve.llm import LLM, Output
@@ -27,22 +28,27 @@ Companions = dict[str, Path | None]  # what drafts are called → the companion'
 
 
 class Counted(msgspec.Struct, frozen=True):
-    """What the engine counted: shares of drafted tokens accepted, and tokens that a round gave."""
+    """What the engine counted: shares of drafted tokens accepted, and tokens that a round gave. Errors are one standard
+    error, None where all texts have one prompt."""
 
     accepted: float
     first_accepted: float  # of each round's first draft
     tokens_per_round: float
+    accepted_error: float | None
+    tokens_per_round_error: float | None
 
 
 class Acceptance(msgspec.Struct, frozen=True):
     """Of one companion, a mean over the held-out texts' tokens.
 
     `alpha` is what rejection sampling accepts at the temperature, Σ min(p, q) (Leviathan et al. 2023, theorem 3.5);
-    `greedy` how often both models' likeliest tokens are the same.
+    `greedy` how often both models' likeliest tokens are the same. Each with its standard error (`Ratio`).
     """
 
     alpha: float
+    alpha_error: float | None
     greedy: float
+    greedy_error: float | None
     sampled_engine: Counted
     greedy_engine: Counted
 
@@ -52,7 +58,7 @@ def measure(job: Job, held_out: Sequence[Sample], companions: Companions, place:
     shares = _distributions(job, held_out, companions)
     release_memory()
     counts = _engine_counts(job, [opening(sample) for sample in held_out], companions, place)
-    return {name: Acceptance(*shares[name], *counts[name]) for name in companions}
+    return {name: Acceptance(*shares[name][0], *shares[name][1], *counts[name]) for name in companions}
 
 
 def opening(sample: Sample) -> list[int]:
@@ -66,32 +72,36 @@ def opening(sample: Sample) -> list[int]:
 
 
 @torch.inference_mode()
-def _distributions(job: Job, held_out: Sequence[Sample], companions: Companions) -> dict[str, tuple[float, float]]:
+def _distributions(job: Job, held_out: Sequence[Sample], companions: Companions) -> dict[str, tuple[Ratio, Ratio]]:
     """(alpha, greedy) of each companion."""
     teacher = with_adapters(load_base(job.model, job.settings), {NAME: job.adapter})
     draft, activate = _draft(job, companions)
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name in companions}
-    tokens = 0
+    lengths = [len(text.token_ids) for text in held_out]
+    sums: dict[str, list[Tensor]] = {name: [] for name in companions}  # of each text, [alpha and greedy: 2]
     for begin in range(0, len(held_out), TEXTS_A_BATCH):
         batch = Batch.of(held_out[begin : begin + TEXTS_A_BATCH], device_of(job.settings))
         wanted = continuation_logits(teacher, batch)  # [tokens, vocab]
-        tokens += len(wanted)
         for name in companions:
             with activate(name):
                 found = continuation_logits(draft, batch)
-            sums[name] += torch.stack([overlap(wanted, found, job.settings.temperature), agreement(wanted, found)])
-    return {name: ((total / tokens)[0].item(), (total / tokens)[1].item()) for name, total in sums.items()}
+            tokens = torch.stack([overlap(wanted, found, job.settings.temperature), agreement(wanted, found)])
+            sums[name] += [of_text.sum(1) for of_text in torch.split(tokens, lengths[begin : begin + TEXTS_A_BATCH], 1)]
+    groups = [tuple(opening(text)) for text in held_out]
+    both = {name: torch.stack(of_texts, 1).tolist() for name, of_texts in sums.items()}
+    return {
+        name: (ratio(alpha, lengths, groups), ratio(greedy, lengths, groups)) for name, (alpha, greedy) in both.items()
+    }
 
 
 def overlap(target: Tensor, draft: Tensor, temperature: float) -> Tensor:
-    """Sum over tokens of Σ min(p, q), on the CPU; logits [tokens, vocab] float32."""
+    """Σ min(p, q) of each token, [tokens] float64 on the CPU; logits [tokens, vocab] float32."""
     p, q = (torch.softmax(logits / temperature, -1) for logits in (target, draft))
-    return torch.minimum(p, q).sum(-1).sum().double().cpu()
+    return torch.minimum(p, q).sum(-1).double().cpu()
 
 
 def agreement(target: Tensor, draft: Tensor) -> Tensor:
-    """Number of tokens where both have the same likeliest token, on the CPU."""
-    return (target.argmax(-1) == draft.argmax(-1)).sum().double().cpu()
+    """1 for each token where both have the same likeliest token, else 0: [tokens] float64 on the CPU."""
+    return (target.argmax(-1) == draft.argmax(-1)).double().cpu()
 
 
 def _draft(job: Job, companions: Companions) -> tuple[Any, Callable[[str], AbstractContextManager[None]]]:
@@ -151,13 +161,17 @@ def _generate(job: Job, llm: LLM, prompts: Sequence[list[int]], name: str, tempe
         )
         for place in range(len(prompts))
     ]  # fmt: skip
-    return counted(llm.generate(prompts, params, lora=name))
+    return counted(llm.generate(prompts, params, lora=name), [tuple(prompt) for prompt in prompts])
 
 
-def counted(outputs: Sequence[Output]) -> Counted:
-    """Add up what requests were told of their drafts."""
+def counted(outputs: Sequence[Output], groups: Sequence[Hashable] | None = None) -> Counted:
+    """Add up what requests were told of their drafts. Those of an equal group are no independent draws (`ratio`); by
+    default each is its own."""
     stats = [output.speculation for output in outputs]
-    drafted, accepted = sum(one.drafted for one in stats), sum(one.accepted for one in stats)
-    rounds = sum(one.rounds for one in stats)
-    first = sum(one.accepted_per_position[0] for one in stats if one.accepted_per_position)
-    return Counted(accepted / max(1, drafted), first / max(1, rounds), 1 + accepted / max(1, rounds))
+    groups = range(len(stats)) if groups is None else groups
+    accepted, rounds = [one.accepted for one in stats], [one.rounds for one in stats]
+    first = [one.accepted_per_position[0] if one.accepted_per_position else 0 for one in stats]
+    share = ratio(accepted, [one.drafted for one in stats], groups)
+    longest = max((len(one.drafted_per_position) for one in stats), default=0)
+    a_round = ratio(accepted, rounds, groups, most=longest)
+    return Counted(share.value, ratio(first, rounds, groups).value, 1 + a_round.value, share.error, a_round.error)

@@ -21,6 +21,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float
     num_texts: int
     num_tokens: int  # trained on
+    num_held_out: int  # texts measured on
     too_long: int  # prompts left out
     seconds: dict[str, float]  # a stage of this run; stages that an earlier run finished take no time
 
@@ -45,8 +46,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     def _outcome(self) -> list[str]:
         spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())
         lines = [
-            f"Accepted at temperature {self.temperature:g}, on held-out texts. Trained on {self.num_texts} texts of "
-            f"{self.num_tokens} tokens. {spent}."
+            f"At temperature {self.temperature:g}, on {self.num_held_out} held-out texts, ± one standard error. "
+            "The first column decides; the engine's are of other texts on the same prompts. Trained on "
+            f"{self.num_texts} texts of {self.num_tokens} tokens. {spent}."
         ]
         if self.too_long:
             lines.append(f"{self.too_long} prompts were too long for the models' context and were left out.")
@@ -63,7 +65,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def _row(name: str, found: Acceptance) -> tuple[str, ...]:
     engine = [
         cell
-        for counted in (found.sampled_engine, found.greedy_engine)
-        for cell in (f"{counted.accepted:.1%}", f"{counted.tokens_per_round:.2f}")
+        for one in (found.sampled_engine, found.greedy_engine)
+        for cell in (
+            _share(one.accepted, one.accepted_error),
+            _tokens(one.tokens_per_round, one.tokens_per_round_error),
+        )
     ]
-    return (name, f"{found.alpha:.1%}", f"{found.greedy:.1%}", *engine)
+    return (name, _share(found.alpha, found.alpha_error), _share(found.greedy, found.greedy_error), *engine)
+
+
+def _share(value: float, error: float | None) -> str:
+    return f"{value:.1%}" if error is None else f"{value:.1%} ±{100 * error:.1f}"
+
+
+def _tokens(value: float, error: float | None) -> str:
+    return f"{value:.2f}" if error is None else f"{value:.2f} ±{error:.2f}"
