@@ -14,9 +14,7 @@ class Ratio(NamedTuple):
     error: float | None
 
 
-def ratio(
-    parts: Sequence[float], wholes: Sequence[float], groups: Sequence[Hashable], *, most: float = 1.0
-) -> Ratio:
+def ratio(parts: Sequence[float], wholes: Sequence[float], groups: Sequence[Hashable], *, most: float = 1.0) -> Ratio:
     """Ratio of each text's part (tokens accepted, say) to its whole (tokens drafted); 0 where the wholes are. `most`:
     the largest part of a whole of 1.
 
