@@ -148,6 +148,22 @@ def test_triton_is_the_reference(
         torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), rtol=rtol, atol=atol)
 
 
+def test_trials_with_pretended_adapters_leave_nothing(
+    device: torch.device, interpreted: Callable[[], None], tmp_path: Path
+) -> None:
+    scenario = replace(SCENARIOS["adapters"], lengths=(3,), num_new=4)
+    zoo = build_zoo(scenario.case.family, tmp_path)
+    wanted = _answers(_engine(zoo, scenario, "cpu"), scenario)
+    interpreted()
+    llm = _engine(zoo, scenario, device.type)
+    llm.engine.measure_costs()
+    plain, dressed = (model.table for model in llm.engine.scheduler.policy.models.values())
+    assert dressed is not plain, "steps with adapters were measured apart"
+    assert not any(state.adapters.slot_ranks.any() for state in llm.engine.built.runner.states)
+    for ours, reference in zip(_answers(llm, scenario), wanted, strict=True):
+        assert ours.token_ids == reference.token_ids
+
+
 def _assert_replayed(llm: LLM) -> None:
     """Steps that decode, that verify and that prefill were, and the draft's prefill and both of its passes."""
     graphs = llm.engine.built.runner.graphs
