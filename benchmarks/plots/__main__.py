@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     args = parser.parse_args(argv)
     if not args.results.exists():
-        print(f"There is no {args.results}: make bench-speculation writes it, on a GPU.")
+        print(f"There is no {args.results}: make bench-speculation writes such rows, on a GPU.")
         return 1
     rows, drawn = read(args.results), 0
     for name, (section, draw) in PLOTS.items():

@@ -12,7 +12,8 @@ from specserve.scheduling.draft_choice import FLOOR, Group, StepCosts
 MAX_KEPT = 64
 CATCH_UP_TOKENS = 1024  # at which a draft's prefill is priced by the token: that of several requests shares steps
 MAX_CATCH_UP = 0.5  # of a step's time; beyond that its time tells of draft prefill, not of drafts
-LEAST, MOST, NEW = 0.5, 4.0, 0.2  # of the table's draft prefill: the bounds of what is believed, and a step's weight
+LEAST_CATCHING_UP, MOST_CATCHING_UP = 0.5, 4.0  # times the table's draft prefill that are believed …
+CATCHING_UP_WEIGHT = 0.2  # … and how much of it a step says
 
 
 @dataclass(slots=True)
@@ -107,7 +108,8 @@ class CostModel:
         line = self._corrections.line(shape.rows)
         if catch_up > MAX_CATCH_UP * (table + catch_up):
             seen = self.catching_up * (milliseconds - table - line.at(table - decode)) / catch_up
-            self.catching_up += NEW * (max(LEAST, min(MOST, seen)) - self.catching_up)
+            believed = max(LEAST_CATCHING_UP, min(MOST_CATCHING_UP, seen))
+            self.catching_up += CATCHING_UP_WEIGHT * (believed - self.catching_up)
             return
         table += catch_up
         predicted = max(table + line.at(table - decode), FLOOR * table)

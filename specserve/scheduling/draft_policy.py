@@ -147,17 +147,18 @@ class DraftPolicy:
     ) -> tuple[set[Request], set[Request]]:
         """Rows that do not draft for they would have to be caught up first, and those few of them that do so to find
         out what it is worth. `soon`: steps of the batch that will be, in which it must pay as well."""
-        late = [request for request in free if self._draft_kv[cast(str, request.proposer)] and draft_gap(request)]
-        if not late:
+        gaps = {request: draft_gap(request) for request in free if self._draft_kv[cast(str, request.proposer)]}
+        gaps = {request: gap for request, gap in gaps.items() if gap}
+        if not gaps:
             return set(), set()
         saving = Saving.of(counts, found.drafts, costs)
         if soon is not None:
             grown = {estimate: max(1, rows * soon.rows // costs.rows) for estimate, rows in counts.items()}
             saving = saving.and_also(Saving.of(grown, self._best(grown, soon).drafts, soon))
         model = self.models[costs.dressed]
-        idle = unpaid(late, saving, {name: model.catch_up_per_token(name) for name, kv in self._draft_kv.items() if kv})
+        idle = unpaid(gaps, saving, {name: model.catch_up_per_token(name) for name, kv in self._draft_kv.items() if kv})
         tried: set[Request] = set()
-        paying = [request for request in late if request not in idle]
+        paying = [request for request in gaps if request not in idle]
         for estimate in unknown(paying, dict(zip(counts, found.drafts, strict=True))):
             alike = [request for request in free if request.estimate is estimate]
             tried.update(first_to_try(request for request in alike if request not in idle))

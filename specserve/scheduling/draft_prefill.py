@@ -47,14 +47,17 @@ def _saved(groups: Sequence[Group], drafts: Sequence[int], costs: StepCosts) -> 
     return none.milliseconds / none.worth - some.milliseconds / some.worth
 
 
-def unpaid(behind: Iterable[Request], saving: Saving, prices: Mapping[str, float]) -> set[Request]:
-    """Of rows that lie behind, those whose draft prefill takes more than drafting is worth over the tokens that they
-    have left. `prices`: milliseconds a token, by proposer."""
+def unpaid(gaps: Mapping[Request, int], saving: Saving, prices: Mapping[str, float]) -> set[Request]:
+    """Of rows that lie behind, by so many tokens, those whose draft prefill takes more than drafting is worth over the
+    tokens that they have left. `prices`: milliseconds a token, by proposer."""
+    worth = saving.worth
+    if worth <= 0.0:
+        return set(gaps)
     found = set()
-    for request in behind:
+    for request, gap in gaps.items():
         assert request.proposer is not None
         expected = min(request.tokens_left, max(HORIZON, request.num_output_tokens))
-        if draft_gap(request) * prices[request.proposer] > saving.worth * expected:
+        if gap * prices[request.proposer] > worth * expected:
             found.add(request)
     return found
 

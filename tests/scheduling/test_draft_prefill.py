@@ -44,8 +44,9 @@ def test_what_is_paid_must_come_back_over_the_tokens_that_are_left() -> None:
     saving, price = Saving(0.02, 0.02), 0.01
     pays = int(200 * saving.likely / price / PAYS)
     rows = [request("a", behind=pays - 1), request("b", behind=pays + 1), request("c", behind=pays - 1, left=100)]
-    assert {one.request_id for one in unpaid(rows, saving, {"draft": price})} == {"b", "c"}
-    assert unpaid([request("d", behind=1)], Saving(-0.1, -0.1), {"draft": price})
+    gaps = {one: draft_gap(one) for one in rows}
+    assert {one.request_id for one in unpaid(gaps, saving, {"draft": price})} == {"b", "c"}
+    assert unpaid({request("d", behind=1): 1}, Saving(-0.1, -0.1), {"draft": price})
 
 
 @pytest.mark.parametrize("rows", [TRIED_ROWS, TRIED_ROWS + 1])
