@@ -22,7 +22,7 @@ from specserve.bench.report.drafts import drafts
 from specserve.bench.report.latencies import latencies
 from specserve.bench.report.overhead import lines
 from specserve.bench.report.pictures import pictures_of
-from specserve.bench.report.theme import DARK, LIGHT, Palette, inline_svg
+from specserve.bench.report.theme import DARK, LIGHT, NARROW, Palette, inline_svg
 from specserve.bench.report.write import write_report
 from specserve.bench.verdict import verdict
 
@@ -131,6 +131,35 @@ def test_both_themes_are_written(report: tuple[Path, str]) -> None:
         f"{name}{ending}.png" for name in names for ending in ("", "-dark")
     )
     assert (folder / "latencies.png").read_bytes() != (folder / "latencies-dark.png").read_bytes()
+
+
+def test_a_phone_gets_pictures_of_its_width(report: tuple[Path, str]) -> None:
+    _, text = report
+    wide = re.findall(
+        r'<figure class="wide"><div class="broad">(.*?)</div><div class="narrow">(.*?)</div>', text, re.DOTALL
+    )
+    assert len(wide) == text.count('<figure class="wide">') == 3
+    assert all(width(narrow) <= NARROW * 72 < width(broad) for broad, narrow in wide)
+    assert all(
+        width(svg) <= 5 * 72 for svg in re.findall(r"<figure>(<svg.*?</svg>)", text, re.DOTALL)
+    )  # the others stay
+
+
+def width(svg: str) -> float:
+    found = re.search(r'viewBox="0 0 ([0-9.]+) ', svg)
+    assert found is not None
+    return float(found[1])
+
+
+def test_a_phone_sees_all_that_others_see(fake: Fakes) -> None:
+    comparison = with_drafts(fake(requests=12).comparison(3, LOADS))
+    for picture in pictures_of(comparison, comparisons(comparison)):
+        broad, narrow = (picture.draw(LIGHT, narrow=narrow) for narrow in (False, True))
+        seen = [
+            [list(line.get_ydata()) for axes in figure.axes if axes.get_visible() for line in axes.get_lines()]
+            for figure in (broad, narrow)
+        ]
+        assert seen[0] == seen[1]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from specserve.bench.metrics import Summary, summarise
 from specserve.bench.pairs import by_load
 from specserve.bench.records import Comparison, RunRecord
 from specserve.bench.report.axis import is_number, load_axis, main_axis
-from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas, legend
+from specserve.bench.report.theme import MARKERS, NARROW, Palette, Picture, canvas, legend
 from specserve.bench.words import load_name
 
 Value = Callable[[Summary], float]
@@ -35,8 +35,9 @@ def throughput(comparison: Comparison) -> list[Picture]:
     chosen = load_name({name: runs[0].load[name] for name in rest if name in runs[0].load})
     title = "Throughput and latency under load" + (f", {chosen}" if chosen else "")
 
-    def draw(palette: Palette) -> Figure:
-        figure, found = canvas(palette, title, 9.4, 3.8, len(PANELS))
+    def draw(palette: Palette, *, narrow: bool = False) -> Figure:
+        size = (NARROW, 6.4, 1, len(PANELS)) if narrow else (9.4, 3.8, len(PANELS))
+        figure, found = canvas(palette, title, *size)
         for axes, (label, value) in zip(found, PANELS.items(), strict=True):
             for info, colour, marker in zip(comparison.variants, palette.series, MARKERS, strict=False):
                 own = [run for run in runs if run.variant == info.variant]

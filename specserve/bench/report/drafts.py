@@ -27,7 +27,7 @@ def _by_position(comparison: Comparison) -> list[Picture]:
     if not any(found.values()):
         return []
 
-    def draw(palette: Palette) -> Figure:
+    def draw(palette: Palette, *, narrow: bool = False) -> Figure:
         figure, (axes,) = canvas(palette, POSITIONS, 4.8, 3.6)
         for (name, one), colour, marker in zip(found.items(), palette.series, MARKERS, strict=False):
             if one is not None:
@@ -61,7 +61,7 @@ def _by_adapter(comparison: Comparison) -> list[Picture]:
     if len(names) < 2:
         return []
 
-    def draw(palette: Palette) -> Figure:
+    def draw(palette: Palette, *, narrow: bool = False) -> Figure:
         figure, (axes,) = canvas(palette, ADAPTERS, 4.8, 1.3 + (0.12 + 0.2 * len(shown)) * len(names))
         colours = dict(zip(found, palette.series, strict=False))
         width = 0.78 / len(shown)

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from specserve.bench.metrics import LATENCIES, timing
 from specserve.bench.pairs import by_load
 from specserve.bench.records import Comparison, Load, RunRecord
-from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas
+from specserve.bench.report.theme import MARKERS, NARROW, Palette, Picture, canvas
 from specserve.bench.words import load_name
 
 POINTS = 300  # of a line: a picture needs no more, however many values there are
@@ -37,21 +37,27 @@ def latencies(comparison: Comparison) -> list[Picture]:
 
     wide = {kind for kind in kinds for _, times in shown if _is_wide([times[name][kind] for name in names])}
 
-    def draw(palette: Palette) -> Figure:
-        figure, found = canvas(palette, TITLE, 2.5 * len(kinds) + 0.6, 2.0 * len(shown) + 0.6, len(kinds), len(shown))
+    def draw(palette: Palette, *, narrow: bool = False) -> Figure:
+        across = min(2, len(kinds)) if narrow else len(kinds)
+        rows = -(-len(kinds) // across)  # of a load
+        width = NARROW if narrow else 2.5 * len(kinds) + 0.6
+        figure, found = canvas(palette, TITLE, width, 2.0 * rows * len(shown) + 0.6, across, rows * len(shown))
         for place, axes in enumerate(found):
-            load, times = shown[place // len(kinds)]
-            kind = kinds[place % len(kinds)]
+            (load, times), column = shown[place // (rows * across)], place % (rows * across)
+            if column >= len(kinds):
+                axes.set_visible(False)
+                continue
+            kind = kinds[column]
             _distribution(axes, palette, {name: times[name][kind] for name in names}, logarithmic=kind in wide)
-            if place < len(kinds):
+            if narrow or place < len(kinds):
                 axes.set_title(f"{TITLES[kind]}, ms", loc="left", color=palette.ink)
-            if place % len(kinds) == 0:
+            if column % across == 0:
                 axes.set_ylabel(load_name(load) or "requests")
             else:
                 axes.yaxis.set_major_formatter(NullFormatter())
         figure.legend(
-            *found[0].get_legend_handles_labels(), loc="upper right", ncols=len(names), frameon=False,
-            labelcolor=palette.ink, fontsize=9,
+            *found[0].get_legend_handles_labels(), loc="outside lower left" if narrow else "upper right",
+            ncols=min(3, len(names)) if narrow else len(names), frameon=False, labelcolor=palette.ink, fontsize=9,
         )  # fmt: skip
         return figure
 

@@ -12,7 +12,7 @@ from specserve.bench.metrics import summarise
 from specserve.bench.pairs import by_load
 from specserve.bench.records import Comparison, Load, RunRecord
 from specserve.bench.report.axis import AXES, is_number, load_axis
-from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas, legend
+from specserve.bench.report.theme import MARKERS, NARROW, Palette, Picture, canvas, legend
 from specserve.bench.words import load_name, number
 
 VARIED = ("adapters", "rank")
@@ -56,8 +56,8 @@ def _picture(comparison: Comparison, axis: str) -> list[Picture]:
         return []
     title = "What adapters cost" if axis == "adapters" else "What rank costs"
 
-    def draw(palette: Palette) -> Figure:
-        figure, (axes,) = canvas(palette, title, 9.4, 3.7)
+    def draw(palette: Palette, *, narrow: bool = False) -> Figure:
+        figure, (axes,) = canvas(palette, title, NARROW if narrow else 9.4, 3.7)
         for (name, points), colour, marker in zip(drawn, palette.series, MARKERS, strict=False):
             look = {"color": colour, "marker": marker, "label": name}
             axes.plot(*zip(*points, strict=True), **look, markersize=6, linewidth=2.0)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def _picture(comparison: Comparison, axis: str) -> list[Picture]:
         load_axis(axes, axis, [at for _, points in drawn for at, _ in points])
         axes.set_ylabel("mean TPOT, relative")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}×"))
-        legend(axes, palette, MOST)
+        legend(axes, palette, 2 if narrow else MOST)
         return figure
 
     least = number(min(at for _, points in drawn for at, _ in points))

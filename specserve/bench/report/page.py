@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
+from typing import NamedTuple
 
 from specserve.bench.compare import Compared
 from specserve.bench.records import Comparison, VariantInfo
@@ -24,16 +25,22 @@ HOW = (
 )
 
 
-def page(
-    comparison: Comparison, found: Sequence[Compared], figures: Sequence[tuple[str, str, bool]], note: str = ""
-) -> str:
-    """`figures`: (<svg>, caption, whether it takes a row of its own). `note`: what is missing, for the reader."""
+class Figure(NamedTuple):
+    """A picture on the page."""
+
+    svg: str  # an element
+    caption: str
+    narrow: str | None = None  # the same for a phone, of a picture that takes a row of its own
+
+
+def page(comparison: Comparison, found: Sequence[Compared], figures: Sequence[Figure], note: str = "") -> str:
+    """`note`: what is missing, for the reader."""
     parts = [_head(comparison)]
     parts += [_outcome(compared) for compared in found]
     missing = [note] if note else []
     parts += [_caution(str(line)) for line in (*comparison.facts.get("notes", []), *missing)]
     if figures:
-        parts.append('<h2>Pictures</h2><div class="figures">' + "".join(_figure(*one) for one in figures) + "</div>")
+        parts.append('<h2>Pictures</h2><div class="figures">' + "".join(_figure(one) for one in figures) + "</div>")
     parts += [_answers(compared) for compared in found]
     parts.append("<h2>Details</h2>")
     parts += [details(compared) for compared in found]
@@ -79,9 +86,12 @@ def _emphasised(sentence: str) -> str:
     return re.sub(r"\([^()]*\)", quiet, escape(sentence))
 
 
-def _figure(svg: str, caption: str, wide: bool) -> str:
-    kind = ' class="wide"' if wide else ""
-    return f'<figure{kind}><div class="scroll">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
+def _figure(one: Figure) -> str:
+    caption = f"<figcaption>{escape(one.caption)}</figcaption>"
+    if one.narrow is None:
+        return f"<figure>{one.svg}{caption}</figure>"
+    both = f'<div class="broad">{one.svg}</div><div class="narrow">{one.narrow}</div>'
+    return f'<figure class="wide">{both}{caption}</figure>'
 
 
 def _answers(compared: Compared) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from specserve.bench.compare import Compared, along
 from specserve.bench.report.axis import load_axis, main_axis
 from specserve.bench.report.tables import SHOWN
-from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas, legend
+from specserve.bench.report.theme import MARKERS, NARROW, Palette, Picture, canvas, legend
 from specserve.bench.stats import Ratio
 from specserve.bench.verdict import outcome
 from specserve.bench.words import load_name, metric_name, number
@@ -35,14 +36,15 @@ def _over_load(compared: Compared, axis: str, place: int) -> list[Picture]:
     title, known = f"How many times as fast {b} is as {a}", [at for _, group in groups for at in group]
     first = place % len(MARKERS) if len(groups) == 1 else 1
 
-    def draw(palette: Palette) -> Figure:
-        figure, (axes,) = canvas(palette, title, 9.4, 3.7)
+    def draw(palette: Palette, *, narrow: bool = False) -> Figure:
+        figure, (axes,) = canvas(palette, title, NARROW if narrow else 9.4, 3.7)
         axes.axhline(1.0, color=palette.ink, linewidth=1.1, zorder=1.5)
         for (name, group), colour, marker in zip(groups, palette.series[first:], MARKERS[first:], strict=False):
             points = [(float(at.load[axis]), at.headline) for at in group if at.headline is not None]
             _points(axes, points, {"color": colour, "marker": marker, "label": name})
             if len(groups) == 1:
                 _name(axes, palette, points)
+        load_axis(axes, axis, [float(at.load[axis]) for at in known])
         _halves(axes, palette, a, b, [at.headline for at in known if at.headline is not None])
         for others, one in compared.break_evens:
             if one.axis == axis and one.load is not None and not others:
@@ -50,10 +52,9 @@ def _over_load(compared: Compared, axis: str, place: int) -> list[Picture]:
                 _note(
                     axes, palette, one.load, f"break-even at about {number(round(one.load, 1 if one.load < 10 else 0))}"
                 )
-        load_axis(axes, axis, [float(at.load[axis]) for at in known])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
         if len(groups) > 1:
-            legend(axes, palette, 4)
+            legend(axes, palette, 2 if narrow else 4)
         return figure
 
     caption = f"Mean E2EL of {a} over that of {b}, with {100 * compared.confidence:g} % bounds."
@@ -70,8 +71,8 @@ def _by_metric(compared: Compared) -> list[Picture]:
     a, b = compared.a.variant, compared.b.variant
     title = f"How many times as fast {b} is as {a}, or as much it serves"
 
-    def draw(palette: Palette) -> Figure:
-        figure, (axes,) = canvas(palette, title, 9.4, 1.1 + 0.36 * len(found))
+    def draw(palette: Palette, *, narrow: bool = False) -> Figure:
+        figure, (axes,) = canvas(palette, title, NARROW if narrow else 9.4, 1.1 + 0.36 * len(found))
         for place, ratio in enumerate(reversed(found)):
             _bar(axes, palette, place, ratio)
         axes.axvline(1.0, color=palette.ink, linewidth=1.1, zorder=1.5)
@@ -134,9 +135,18 @@ def _halves(axes: Axes, palette: Palette, a: str, b: str, ratios: Sequence[Ratio
     axes.set_ylim(low, high)
     axes.axhspan(1.0, high, color=palette.win, alpha=0.06, linewidth=0, zorder=0)
     axes.axhspan(low, 1.0, color=palette.lose, alpha=0.06, linewidth=0, zorder=0)
-    fonts: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "xycoords": "axes fraction"}
-    axes.annotate(f"{b} wins", (1, 1), (-5, -5), ha="right", va="top", color=palette.win, **fonts)
-    axes.annotate(f"{a} wins", (0, 0), (5, 5), ha="left", va="bottom", color=palette.lose, **fonts)
+    first, last = _between(axes)
+    look: dict[str, Any] = {"textcoords": "offset points", "xycoords": ("data", "axes fraction"), "fontsize": 8.5}
+    axes.annotate(f"▲ {b} wins", (last, 1), (0, -5), ha="center", va="top", color=palette.win, **look)
+    axes.annotate(f"▼ {a} wins", (first, 0), (0, 5), ha="center", va="bottom", color=palette.lose, **look)
+
+
+def _between(axes: Axes) -> tuple[float, float]:
+    """Between the first two loads and between the last two, where bounds leave room for words."""
+    ticks = [float(tick) for tick in axes.get_xticks()]
+    ends = ticks[:2], ticks[-2:]
+    low, high = ((prod(two) ** 0.5 if axes.get_xscale() == "log" else sum(two) / 2) for two in ends)
+    return low, high
 
 
 def _note(axes: Axes, palette: Palette, load: float, text: str) -> None:

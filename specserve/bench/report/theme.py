@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
@@ -20,6 +22,8 @@ from matplotlib.figure import Figure
 FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")  # the first that is there
 MARKERS = ("o", "s", "^", "D", "v", "P")  # with colours, so that colour alone tells nothing
 DPI = 160
+LETTERS = 9  # of a title, an inch
+NARROW = 4.1  # inches: letters then are as large as the page's small ones, 390 pixels being its width
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +54,19 @@ DARK = Palette(
 )  # fmt: skip
 
 
+class Draw(Protocol):
+    def __call__(self, palette: Palette, /, *, narrow: bool = False) -> Figure:
+        """`narrow`: for a phone's page, no wider than NARROW; only pictures that are wide elsewhere are asked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """`draw` is called once for each palette."""
+    """`draw` is called once for each palette, and for a page once for each width."""
 
     name: str  # of its files
     title: str
     caption: str
-    draw: Callable[[Palette], Figure]
+    draw: Draw
     wide: bool = False  # it takes a row of its own
 
 
@@ -66,7 +75,8 @@ def canvas(
 ) -> tuple[Figure, list[Axes]]:
     """A figure, and its axes row by row; inches."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=palette.page)
-    figure.suptitle(title, x=0.008, ha="left", color=palette.ink, fontweight="bold", fontsize=12)
+    lines = textwrap.wrap(title, int(LETTERS * width))
+    figure.suptitle("\n".join(lines), x=0.008, ha="left", color=palette.ink, fontweight="bold", fontsize=12)
     found: list[Axes] = list(figure.subplots(down, across, squeeze=False).flat)
     for axes in found:
         _quiet(axes, palette)
@@ -86,17 +96,19 @@ def save_png(picture: Picture, palette: Palette, path: Path) -> None:
         picture.draw(palette).savefig(path, dpi=DPI, facecolor=palette.page, metadata={"Software": None})
 
 
-def inline_svg(picture: Picture) -> str:
+def inline_svg(picture: Picture, *, narrow: bool = False) -> str:
     """An <svg> element for a page whose style sheet has the palette's names; its ids are its own on the page."""
-    file = io.StringIO()
-    with _looks(picture.name):
-        picture.draw(LIGHT).savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    file, own = io.StringIO(), f"{picture.name}-narrow" if narrow else picture.name
+    with _looks(own):
+        picture.draw(LIGHT, narrow=narrow).savefig(
+            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
     for colour, name in LIGHT.names().items():
         text = text.replace(colour, name)
-    text = re.sub(r'\bid="', f'id="{picture.name}-', text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{picture.name}-", text)
+    text = re.sub(r'\bid="', f'id="{own}-', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", text)
     label = picture.title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return re.sub(
         r'<svg\b[^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1

@@ -11,7 +11,7 @@ from specserve.bench.compare import Compared, comparisons
 from specserve.bench.extra import MissingPackageError, needed
 from specserve.bench.metrics import Slos
 from specserve.bench.records import Comparison
-from specserve.bench.report.page import page
+from specserve.bench.report.page import Figure, page
 from specserve.bench.report.rows import rows
 from specserve.core.errors import InvalidRequestError
 
@@ -45,7 +45,7 @@ def write_report(
         raise InvalidRequestError(f"{folder} cannot be made: {error.strerror}.", param="output") from error
     html, jsonl = folder / "report.html", folder / "report.jsonl"
     jsonl.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows(comparison, found, slos)))
-    figures: list[tuple[str, str, bool]] = []
+    figures: list[Figure] = []
     pictures: list[Path] = []
     missing = None
     try:
@@ -59,7 +59,7 @@ def write_report(
 
 def _draw(
     comparison: Comparison, found: Sequence[Compared], folder: Path, told: Callable[[str], None]
-) -> tuple[list[tuple[str, str, bool]], list[Path]]:
+) -> tuple[list[Figure], list[Path]]:
     from specserve.bench.report.pictures import pictures_of  # noqa: PLC0415 (needs matplotlib)
     from specserve.bench.report.theme import DARK, LIGHT, inline_svg, save_png  # noqa: PLC0415
 
@@ -69,5 +69,6 @@ def _draw(
         for palette, ending in ((LIGHT, ""), (DARK, "-dark")):
             paths.append(folder / f"{picture.name}{ending}.png")
             save_png(picture, palette, paths[-1])
-        figures.append((inline_svg(picture), picture.caption, picture.wide))
+        narrow = inline_svg(picture, narrow=True) if picture.wide else None
+        figures.append(Figure(inline_svg(picture), picture.caption, narrow))
     return figures, paths
