@@ -8,8 +8,9 @@ from specserve.bench.verdict import break_even_lines, cautions, notes, stated, v
 from specserve.bench.words import load_name, metric_name
 
 ROWS = (
-    "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "median_itl_ms", "p99_itl_ms", "mean_e2el_ms",
-    "median_e2el_ms", "p99_e2el_ms", "request_throughput", "output_throughput", "request_goodput",
+    "median_ttft_ms", "p90_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p90_tpot_ms", "p99_tpot_ms", "median_itl_ms",
+    "p90_itl_ms", "p99_itl_ms", "mean_e2el_ms", "median_e2el_ms", "p90_e2el_ms", "p99_e2el_ms", "request_throughput",
+    "output_throughput", "request_goodput",
 )  # fmt: skip
 GOODPUT = "request_goodput"
 MAX_SHOWN = 60  # characters of a difference
@@ -36,8 +37,10 @@ def _footnotes(compared: Compared) -> list[str]:
     if not compared.loads:
         return []
     a, b, share = compared.a.variant, compared.b.variant, f"{100 * compared.confidence:g} %"
-    times = f"×: how many times as good {b} is as {a}, with the interval that holds it at {share}."
-    return ["", times, *notes(compared)]
+    times = f"×: how many times as good {b} is as {a}, with the interval that holds it at {share}"
+    found = [at.ratios[name] for at in compared.loads for name in ROWS if name in at.ratios]
+    lacking = any(ratio.bounds is None for ratio in found)
+    return ["", times + ("; without one: too few requests for it." if lacking else "."), *notes(compared)]
 
 
 def _table(at: AtLoad, compared: Compared) -> list[str]:

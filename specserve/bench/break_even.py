@@ -34,6 +34,7 @@ class BreakEven(msgspec.Struct, frozen=True, omit_defaults=True):
     low: float | None = None  # None: it may be at or below the lowest measured
     high: float | None = None  # None: it may be beyond the highest measured
     bounded: bool = False  # False: there is too little to say between what loads it lies
+    wins: float | None = None  # the highest load at which B was found to win; None: none
 
 
 def break_even(
@@ -51,6 +52,7 @@ def break_even(
         return BreakEven(axis, "never" if lost else "no difference", *ends)
     logs = np.log([[ratio.speedup for _, ratio in ordered]])
     (found,) = crossings(loads, logs)
+    wins = max(float(load) for load, one in zip(loads, bounds, strict=True) if _won(one))
     low = high = None
     bounded = all(one is not None for one in bounds)
     if bounded:
@@ -60,8 +62,9 @@ def break_even(
             _measured(float(value)) for value in np.quantile(crossings(loads, drawn), tails, method="inverted_cdf")
         )
     if np.isfinite(found):
-        return BreakEven(axis, "at", *ends, float(found), low, high, bounded)
-    return BreakEven(axis, "beyond" if _won(bounds[-1]) else "open", *ends, None, low, high, bounded)
+        return BreakEven(axis, "at", *ends, float(found), low, high, bounded, wins)
+    kind: Literal["beyond", "open"] = "beyond" if _won(bounds[-1]) else "open"
+    return BreakEven(axis, kind, *ends, None, low, high, bounded, wins)
 
 
 def crossings(loads: npt.NDArray[np.float64], logs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

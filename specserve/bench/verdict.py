@@ -100,12 +100,14 @@ def break_even_lines(compared: Compared, *, told: bool = False) -> list[str]:
 def break_even_text(one: BreakEven, b: str) -> str:
     """A sentence of its own, also where nothing was crossed."""
     lowest, highest = (load_name({one.axis: load}) for load in (one.lowest, one.highest))
+    wins = "" if one.wins is None else load_name({one.axis: one.wins})
     if one.kind == "at":
         sentence = _stops(one)
         return f"{b}{sentence[2:]}."
     return {
         "beyond": f"{b} still wins at {highest}, the highest load measured.",
-        "open": f"{b} was not found to stop winning up to {highest}, the highest load measured.",
+        "open": f"Where {b} stops winning was not found: it wins at {wins}, and neither side was found to win at "
+        f"{highest}, the highest load measured.",
         "never": f"{b} was not found to win at any load measured, from {lowest} to {highest}.",
         "no difference": f"Nobody was found to win at any load measured, from {lowest} to {highest}.",
     }[one.kind]

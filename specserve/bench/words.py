@@ -14,7 +14,7 @@ LISTED = 3  # loads that are named one by one; of more, the first and the last
 _KINDS = {"mean": "mean", "median": "p50", "p90": "p90", "p99": "p99"}
 _THROUGHPUTS = {
     "request_throughput": "requests/s", "output_throughput": "output tokens/s",
-    "total_token_throughput": "all tokens/s", "request_goodput": "goodput",
+    "total_token_throughput": "all tokens/s", "request_goodput": "goodput, requests/s",
 }  # fmt: skip
 
 

@@ -53,8 +53,8 @@ def test_a_comparison_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
     assert main(again) == 0
     told = capsys.readouterr().out
     assert told.splitlines()[0] == done.stdout.splitlines()[0]
-    goodput = next(line for line in told.splitlines() if line.startswith("goodput "))
-    assert float(goodput.split()[1]) == 0 < float(goodput.split()[2])  # 240 ms and 16 ms a request, or more
+    goodput = next(line for line in told.splitlines() if line.startswith("goodput, requests/s "))
+    assert float(goodput.split()[2]) == 0 < float(goodput.split()[3])  # 240 ms and 16 ms a request, or more
     assert (tmp_path / "again" / "report.html").exists()
 
 

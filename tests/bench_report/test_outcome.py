@@ -51,7 +51,12 @@ def test_break_even_is_interpolated_between_loads() -> None:
         ((1.5, 1.3, 1.2), "beyond", "B still wins at concurrency 4, the highest load measured."),
         ((0.9, 0.8), "never", "B was not found to win at any load measured, from concurrency 1 to concurrency 2."),
         ((1.01, 0.8), "never", "B was not found to win at any load measured, from concurrency 1 to concurrency 2."),
-        ((1.5, 1.3, 1.005), "open", "B was not found to stop winning up to concurrency 4, the highest load measured."),
+        (
+            (1.5, 1.3, 1.005),
+            "open",
+            "Where B stops winning was not found: it wins at concurrency 2, and neither side was found to win at "
+            "concurrency 4, the highest load measured.",
+        ),
         ((1.001, 0.999, 1.0), "no difference", "Nobody was found to win at any load measured, from concurrency 1"),
         ((0.8, 1.4, 1.2, 0.8), "at", "B stops winning at about concurrency 5.5 ("),
     ],
@@ -167,7 +172,10 @@ def test_a_terminal_shows_what_both_sides_have(fake: Callable[..., Any]) -> None
     lines = text(compare(fake(speedup=1.25).comparison(1), "A", "B")).splitlines()
     head = next(place for place, line in enumerate(lines) if line.startswith("concurrency 8 (200 pairs in 5 rounds)"))
     names = [line.partition("  ")[0] for line in lines[head + 1 : lines.index("", head)]]
-    assert names[0] == "TTFT p50, ms" and names[-2:] == ["requests/s", "output tokens/s"]
+    assert names[-2:] == ["requests/s", "output tokens/s"]
+    latencies = [f"{name} {kind}, ms" for name in ("TTFT", "TPOT", "ITL", "E2EL") for kind in ("p50", "p90", "p99")]
+    assert [name for name in names if name in latencies] == latencies
+    assert lines[lines.index("", head) + 1].endswith("without one: too few requests for it.")  # p99 of 200 requests
     assert all("×" in line for line in lines[head + 1 : head + 1 + len(names)])
 
 
