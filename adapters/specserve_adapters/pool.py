@@ -5,10 +5,11 @@ owns rank rows (s * P + p) * R … + R of a [S * P * R, in_features] and b [S * 
 outside their part's columns, rows beyond an adapter's rank are zero in both. So the adapter's product over a merged
 linear is one pair of matrix products over the rows in use, of their real ranks only.
 
-On a GPU (`grouped`) b is [S * R, out_features]: row s * R + r holds rank r of slot s over all merged columns, the
-parts' Bᵀ side by side. R is a multiple of 16 there, and a slot's rows are zero from each module's rank to the adapter's
-rounded up to 16; what lies beyond is not read. The ranks of the slots lie on the device: batches are made there, from
-the slots that the rows have at the time a graph is replayed.
+On a GPU (`grouped`) a lies behind its linear's weights where these have room for it, so that one product gives both. b
+is [S * R, out_features]: row s * R + r holds rank r of slot s over all merged columns, the parts' Bᵀ side by side. R is
+a multiple of 16 there, and a slot's rows are zero from each module's rank to the adapter's rounded up to 16; what lies
+beyond counts for nothing. The ranks of the slots lie on the device: batches are made there, from the slots that the
+rows have at the time a graph is replayed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class AdapterWork(Enum):
     MANY = "many"
 
 
+_Shape = tuple[int, int]
 RowAdapters = Sequence[tuple[tuple[int, float], ...]]
 _MAX_BATCHES = 8  # a step of speculation repeats a few shapes: the target's, the first draft pass's, the others'
 
@@ -45,7 +47,8 @@ _MAX_BATCHES = 8  # a step of speculation repeats a few shapes: the target's, th
 class AdapterPool:
     """S slots of one model's adapters. Single-threaded; copies go to the current stream.
 
-    `specs` in the order of `model.linears`; `dtype` is the model's.
+    `specs` in the order of `model.linears`; `dtype` is the model's. `behind[i]`, on a GPU: memory for linear i's a
+    [S * P * R, in_features], or None, or of another size: then it is not for these slots.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class AdapterPool:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        behind: Sequence[Tensor | None] = (),
     ) -> None:
         self.specs = tuple(specs)
         self.num_slots = num_slots
@@ -67,14 +71,11 @@ class AdapterPool:
             (num_slots * (1 if self.grouped else len(spec.parts)) * self._rank_stride, spec.out_features)
             for spec in self.specs
         ]
-        sizes = [math.prod(shape) for pair in zip(a_shapes, b_shapes, strict=True) for shape in pair]
-        # One allocation, so that a slot is loaded by one kernel that knows places by their offsets.
-        self._store = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        flat = torch.split_with_sizes(self._store, sizes)
-        self.linears: list[tuple[Tensor, Tensor]] = [
-            (a.view(a_shape), b.view(b_shape))
-            for a, b, a_shape, b_shape in zip(flat[::2], flat[1::2], a_shapes, b_shapes, strict=True)
+        rooms = [
+            room if room is not None and room.shape == shape else None
+            for room, shape in zip(behind or [None] * len(a_shapes), a_shapes, strict=True)
         ]
+        self._store, self.linears = _allocate(rooms, a_shapes, b_shapes, dtype, device)
         self._slot_factors = [
             SlotFactors(a, b, tuple(width for _, width in spec.parts))
             for spec, (a, b) in zip(self.specs, self.linears, strict=True)
@@ -99,7 +100,8 @@ class AdapterPool:
         rows: list[tuple[int, ...]] = []
         for spec, (a, b) in zip(self.specs, self.linears, strict=True):
             in_features, out_features, parts = spec.in_features, spec.out_features, len(spec.parts)
-            to_a, to_b = int(a.storage_offset()), int(b.storage_offset())
+            # `a` may lie before or behind the store, in memory of its own
+            to_a, to_b = ((tensor.data_ptr() - self._store.data_ptr()) // tensor.element_size() for tensor in (a, b))
             for _, width in spec.parts:
                 steps = (parts * stride * in_features, stride * out_features)
                 rows.append((to_a, to_b, *steps, in_features, width, out_features))
@@ -250,3 +252,20 @@ class AdapterPool:
     def _forget_batches(self) -> None:
         """Batches already handed out keep what they were made of: fresh containers, not cleared ones."""
         self._active, self._rows, self._factors, self._batches = (), {}, None, {}
+
+
+def _allocate(
+    rooms: Sequence[Tensor | None], a_shapes: Sequence[_Shape], b_shapes: Sequence[_Shape], dtype: torch.dtype,
+    device: torch.device | str,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:  # fmt: skip
+    """Zeros for each linear's a and b, a in the room that it has. A slot is loaded by one kernel, which knows places by
+    their offsets from the beginning of one tensor: that is the first of the result."""
+    sizes: list[int] = []
+    for room, a_shape, b_shape in zip(rooms, a_shapes, b_shapes, strict=True):
+        sizes += [math.prod(a_shape) if room is None else 0, math.prod(b_shape)]
+    store = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    flat = torch.split_with_sizes(store, sizes)
+    return store, [
+        (a.view(a_shape) if room is None else room.zero_(), b.view(b_shape))
+        for room, a, b, a_shape, b_shape in zip(rooms, flat[::2], flat[1::2], a_shapes, b_shapes, strict=True)
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specserve.layers.context import ForwardContext, LoraUpdate
+from specserve.layers.context import ForwardContext, LoraApplier, LoraUpdate
 from specserve.layers.norm import RMSNorm
 from specserve.layers.storage import Parameter, Storage
 from specserve_adapters.spec import LinearSpec
@@ -45,8 +45,7 @@ class Linear:
         folded = self.storage.fold(x, ctx.lora, self.lora_index)
         if folded is not None:
             return self.storage.matmul(x, lora=folded), None
-        update = ctx.lora.update(self.lora_index, x)
-        return self.storage.matmul(x), update
+        return self._beside(x, ctx.lora)
 
     def gated(self, hidden: Tensor, norm: RMSNorm, ctx: ForwardContext, ahead: Ahead | None = None) -> Tensor:
         """silu(first) * second of the halves of linear(norm(hidden [T, in])) → [T, out / 2]; ahead as in `forward`."""
@@ -59,8 +58,16 @@ class Linear:
         folded = self.storage.fold(x, ctx.lora, self.lora_index)
         if folded is not None:
             return self.storage.matmul(x, gated=True, lora=folded)
-        update = ctx.lora.update(self.lora_index, x)
-        return update.silu_mul(self.storage.matmul(x))
+        y, update = self._beside(x, ctx.lora)
+        return update.silu_mul(y)
+
+    def _beside(self, x: Tensor, lora: LoraApplier) -> tuple[Tensor, LoraUpdate]:
+        """The product of x [T, in], and what its reader has still to add."""
+        both = self.storage.matmul_behind(x, lora, self.lora_index)
+        if both is not None:
+            return both
+        update = lora.update(self.lora_index, x)
+        return self.storage.matmul(x), update
 
     def _ahead(self, ahead: Ahead | None, norm: RMSNorm, ctx: ForwardContext, *, gated: bool) -> Tensor | None:
         """The product from what was left for its norm; None: it must be made from the hidden states."""
@@ -85,6 +92,11 @@ class Linear:
         folded = None if ctx.lora is None else self.storage.fold(x, ctx.lora, self.lora_index)
         if ctx.lora is None or folded is not None:  # the product adds itself: an operator less
             return self.storage.add_matmul(y, x, lora=folded, then=None if then is None else then.weight_and_eps)
+        both = self.storage.matmul_behind(x, ctx.lora, self.lora_index)
+        if both is not None:
+            product, shrunk = both
+            shrunk.add_to(y, product)
+            return None
         update = ctx.lora.update(self.lora_index, x)
         self.storage.add_matmul(y, x)
         update.add_to(y)

@@ -27,8 +27,9 @@ class QuantisedStorage:
 
     def __init__(
         self, kind: Kind, in_features: int, widths: Sequence[int], *, bias: bool, dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device, adapter_rows: int = 0,
     ) -> None:  # fmt: skip
+        """`adapter_rows` as DenseStorage has them are none here: A is no codes."""
         self._widths = tuple(widths)
         self._coded = empty_coded(kind, sum(widths), in_features, device)
         self._bias = torch.empty(sum(widths), dtype=dtype, device=device) if bias else None
@@ -65,6 +66,13 @@ class QuantisedStorage:
             return None
         fits = lora.foldable and takes_lora(x, self._coded, lora.linears[linear_index])
         return lora.fold(linear_index, x) if fits else None
+
+    @property
+    def behind(self) -> None:
+        return None
+
+    def matmul_behind(self, x: Tensor, lora: LoraApplier, linear_index: int) -> None:
+        return None
 
 
 class QuantisedHead:

@@ -16,7 +16,7 @@ from specserve.layers.context import LoraApplier
 from specserve_kernels.activation import silu_mul
 from specserve_kernels.dispatch import runs_triton
 from specserve_kernels.lora.folded import Folded
-from specserve_kernels.lora.grouped import GroupedLora
+from specserve_kernels.lora.grouped import GroupedLora, Shrunk
 from specserve_kernels.norm import rms_norm
 from specserve_kernels.skinny.ahead import Ahead
 from specserve_kernels.skinny.codes import Coded, encode
@@ -96,24 +96,45 @@ class Storage(Protocol):
     def fold(self, x: Tensor, lora: LoraApplier, linear_index: int) -> Folded | None:
         """What the product of x takes of linear `linear_index`'s adapters into itself; None: its reader adds them."""
 
+    @property
+    def behind(self) -> Tensor | None:
+        """Rows [n, in] behind the weights, for the A of linear `linear_index` in all slots; None: there are none."""
+
+    def matmul_behind(self, x: Tensor, lora: LoraApplier, linear_index: int) -> tuple[Tensor, Shrunk] | None:
+        """`matmul` of x by weights and A together: the output [T, out], whose rows may lie apart, and the first half
+        of the adapters. None: A is not behind the weights."""
+
+
+MOST_BEHIND = 1 / 4
+"""Of a matrix' rows, how many more are multiplied to have x Aᵀ of all slots along with the output. An 8B's adapters of
+eight slots of rank 16 are 1 to 6 %; from about a quarter on, reading x once more and only the A in use is faster."""
+
 
 class DenseStorage:
     """A plain matrix and an optional bias [out] in the model's dtype.
 
     On a CPU the matrix lies as [in, out], the transpose of a checkpoint's: with few tokens, its libraries multiply by
-    it a third faster. On a GPU it lies as checkpoints have it, each output's weights side by side.
+    it a third faster. On a GPU it lies as checkpoints have it, each output's weights side by side, and `adapter_rows`
+    behind them for the A of adapters, if they are few beside it.
     """
 
     def __init__(
-        self, in_features: int, widths: Sequence[int], *, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+        self, in_features: int, widths: Sequence[int], *, bias: bool, dtype: torch.dtype, device: torch.device,
+        adapter_rows: int = 0,
+    ) -> None:  # fmt: skip
         self._widths = tuple(widths)
-        shape = (in_features, sum(widths))
+        size = sum(widths)
+        self._behind: Tensor | None = None
         if runs_triton(device):
-            self._weight = torch.empty(shape[::-1], dtype=dtype, device=device).t()
+            # float16 has not the range of what is shrunk
+            fits = dtype != torch.float16 and 0 < adapter_rows <= size * MOST_BEHIND
+            self._all = torch.empty(size + (adapter_rows if fits else 0), in_features, dtype=dtype, device=device).t()
+            self._behind = self._all.t()[size:] if fits else None
         else:
-            self._weight = torch.empty(shape, dtype=dtype, device=device)
-        self._bias = torch.empty(sum(widths), dtype=dtype, device=device) if bias else None
+            self._all = torch.empty(in_features, size, dtype=dtype, device=device)
+        self._weight = self._all[:, :size]
+        self._all_bias = torch.zeros(self._all.shape[1], dtype=dtype, device=device) if bias else None
+        self._bias = None if self._all_bias is None else self._all_bias[:size]
         self._arrivals = arrivals(device)
 
     def parameters(self) -> list[dict[str, Parameter]]:
@@ -127,7 +148,7 @@ class DenseStorage:
         if self._bias is None and is_skinny(x):
             return skinny_linear(x, self._weight.t(), norm=norm, gated=gated, lora=lora, arrivals=self._arrivals)
         x = x if norm is None else rms_norm(x, *norm)
-        y = torch.mm(x, self._weight) if self._bias is None else torch.addmm(self._bias, x, self._weight)
+        y = _product(x, self._weight, self._bias)
         return silu_mul(y) if gated else y
 
     def add_matmul(self, y: Tensor, x: Tensor, *, lora: Folded | None = None, then: Norm | None = None) -> Ahead | None:
@@ -153,3 +174,19 @@ class DenseStorage:
             return None
         fits = lora.foldable and takes_lora(x, self._weight.t(), lora.linears[linear_index])
         return lora.fold(linear_index, x) if fits else None
+
+    @property
+    def behind(self) -> Tensor | None:
+        return self._behind
+
+    def matmul_behind(self, x: Tensor, lora: LoraApplier, linear_index: int) -> tuple[Tensor, Shrunk] | None:
+        if self._behind is None or not isinstance(lora, GroupedLora):
+            return None
+        if lora.linears[linear_index].a.data_ptr() != self._behind.data_ptr():
+            return None
+        return lora.split(linear_index, _product(x, self._all, self._all_bias))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in] by weight [in, out] → [T, out]."""
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)

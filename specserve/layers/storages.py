@@ -14,11 +14,13 @@ from specserve.layers.storage import DenseStorage, Storage
 
 
 class NewStorage(Protocol):
-    """Allocates a linear's weights; `widths` are the outputs of its parts in merged order."""
+    """Allocates a linear's weights; `widths` are the outputs of its parts in merged order, `adapter_rows` how many rows
+    the A of all adapter slots has, which may find room behind them."""
 
     def __call__(
-        self, in_features: int, widths: Sequence[int], *, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> Storage: ...
+        self, in_features: int, widths: Sequence[int], *, bias: bool, dtype: torch.dtype, device: torch.device,
+        adapter_rows: int = 0,
+    ) -> Storage: ...  # fmt: skip
 
 
 STORAGES: Mapping[str, NewStorage] = MappingProxyType(

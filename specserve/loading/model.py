@@ -32,12 +32,14 @@ def load_model(
     dtype: Dtype = "auto",
     device: torch.device | str = "cpu",
     quantization: AutoQuantization = "none",
+    adapter_ranks: int = 0,
     progress: bool = False,
 ) -> Decoder:
     """Load a model from a local folder or a hub id onto `device`; `progress` shows it on stderr.
 
     `dtype` "auto": the config's on an accelerator, float32 on a CPU. `quantization`: of the linears and the head, while
-    they are loaded; "auto": what makes decoding fastest here, see loading.quantization. Raises ModelLoadError, in one
+    they are loaded; "auto": what makes decoding fastest here, see loading.quantization. `adapter_ranks` of all adapter
+    slots together: linears may keep room for them. Raises ModelLoadError, in one
     sentence that names the file, tensor or setting, when the model cannot be read or is not supported.
     """
     place = torch.device(device)
@@ -46,7 +48,7 @@ def load_model(
     kind = resolve_dtype(dtype, config, place)
     model = build_model(
         config, dtype=kind, device=place, eos_token_ids=read_eos(folder, config),
-        quantization=resolve_quantization(quantization, config, kind, place),
+        quantization=resolve_quantization(quantization, config, kind, place), adapter_ranks=adapter_ranks,
     )  # fmt: skip
     total = sum(parameter.nbytes for parameter in model.parameters.values())
     with progress_bar(

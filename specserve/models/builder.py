@@ -99,8 +99,9 @@ class _Builder:
     def _linear(self, layer: int, prefix: str, in_features: int, parts: Mapping[str, int], *, bias: bool) -> Linear:
         spec = LinearSpec(layer, in_features, tuple(parts.items()))
         storage = STORAGES[self._spec.quantization](
-            in_features, tuple(parts.values()), bias=bias, dtype=self._spec.dtype, device=self._device
-        )
+            in_features, tuple(parts.values()), bias=bias, dtype=self._spec.dtype, device=self._device,
+            adapter_rows=len(parts) * self._spec.adapter_ranks,
+        )  # fmt: skip
         linear = Linear(spec, len(self._linears), storage)
         self._linears.append(linear)
         self._own(prefix, linear.parameters())

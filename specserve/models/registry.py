@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -32,8 +33,10 @@ def build_model(
     device: torch.device,
     eos_token_ids: tuple[int, ...] = (),
     quantization: Quantization = "none",
+    adapter_ranks: int = 0,
 ) -> Decoder:
-    """Allocate the model that a transformers config describes, with room for weights of that `quantization`.
+    """Allocate the model that a transformers config describes, with room for weights of that `quantization`, and for
+    the A of adapter slots of `adapter_ranks` together.
 
     Raises ModelLoadError naming the architecture, quantisation or setting that is not supported.
     """
@@ -52,4 +55,4 @@ def build_model(
             "--quantization fp8 or int8 quantises them while they are loaded."
         )
     spec = model_spec(config, dtype=dtype, eos_token_ids=eos_token_ids, quantization=quantization)
-    return build(spec, family(config), device)
+    return build(replace(spec, adapter_ranks=adapter_ranks), family(config), device)

@@ -23,3 +23,4 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     quantization: Quantization = "none"  # of the linears and the head
+    adapter_ranks: int = 0  # of all adapter slots together, for which linears may keep room behind their weights

@@ -46,7 +46,8 @@ class ModelState:
         self.block_size = block_size
         self.kv_caches: list[tuple[Tensor, Tensor]] = []
         specs = [linear.spec for linear in model.linears]
-        self.adapters = AdapterPool(specs, adapter_slots, max_rank, model.spec.dtype, device)
+        behind = [linear.storage.behind for linear in model.linears]
+        self.adapters = AdapterPool(specs, adapter_slots, max_rank, model.spec.dtype, device, behind)
         self._device = device
 
     def allocate(self, num_blocks: int) -> None:

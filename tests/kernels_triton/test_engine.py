@@ -22,6 +22,7 @@ from lawbook.mixes import Ask, Lora, asks, prompt, speculating
 from lawbook.zoo import Zoo, build_zoo
 from specserve.core.messages import LoraRef
 from specserve.layers import attention as attention_layer
+from specserve.layers import storage
 from specserve.llm import LLM, Output
 from specserve.runtime import step_graphs as step_graphs_module
 from specserve.runtime.capture import GraphSet
@@ -29,6 +30,7 @@ from specserve.runtime.step_graphs import Sizes
 from specserve_kernels import dispatch
 from specserve_kernels.attention import paged
 from specserve_kernels.lora import load as lora_load
+from specserve_kernels.lora.grouped import GroupedLora
 from specserve_kernels.tolerances import MODEL
 
 MAX_NUM_SEQS = 4
@@ -52,6 +54,7 @@ class Scenario:
     graphs: bool = False
     num_new: int = 2  # of the first request, each of the others one more
     fused: bool = False  # whether attention takes raw qkv where it can
+    behind: bool = False  # whether A lies behind the weights, however many rows that takes
 
     def batch(self, num_drafts: int) -> list[Ask]:
         """Every request with the processors of its place, and log-probabilities."""
@@ -71,7 +74,13 @@ class Scenario:
 SCENARIOS = {
     "adapters": Scenario(Case("llama", "near_draft", "greedy-rejection", 2, "base"), (18, 5), MIXED[1:], drafts=(2,)),
     "window": Scenario(Case("mistral", "random", "sampled-coupled", 2, "base"), (41, 1), budget=19, drafts=(2, 0)),
-    "bias": Scenario(Case("qwen2", "near_draft", "sampled-rejection", 2, "base"), (3, 17), MIXED[1:2], drafts=(2,)),
+    "bias": Scenario(
+        Case("qwen2", "near_draft", "sampled-rejection", 2, "base"),
+        (3, 17),
+        MIXED[1:2],
+        drafts=(2,),
+        behind=True,
+    ),
     "fused": Scenario(
         Case("qwen3", "near_draft", "greedy-rejection", 2, "base"), (3, 5), MIXED[:2], drafts=(2,), fused=True
     ),
@@ -83,6 +92,7 @@ SCENARIOS = {
         drafts=(0, 2),
         graphs=True,
         num_new=4,
+        behind=True,
     ),
 }
 
@@ -128,6 +138,9 @@ def test_triton_is_the_reference(
     monkeypatch.setattr(paged, "MOST_FUSED", 1000 if scenario.fused else 0)
     taken = mock.Mock(wraps=paged.qkv_attention)
     monkeypatch.setattr(attention_layer, "qkv_attention", taken)
+    monkeypatch.setattr(storage, "MOST_BEHIND", 100 if scenario.behind else 0)
+    split = mock.create_autospec(GroupedLora.split, side_effect=GroupedLora.split)
+    monkeypatch.setattr(GroupedLora, "split", split)
     zoo = build_zoo(scenario.case.family, tmp_path)
     wanted = _answers(_engine(zoo, scenario, "cpu"), scenario)
     interpreted()
@@ -141,6 +154,7 @@ def test_triton_is_the_reference(
         _assert_replayed(llm)
     rtol, atol = MODEL[torch.float32]
     assert taken.called == scenario.fused
+    assert split.called == scenario.behind
     for ours, reference in zip(answers, wanted, strict=True):
         assert ours.token_ids == reference.token_ids
         assert ours.cached_tokens == reference.cached_tokens

@@ -12,7 +12,7 @@ from torch import Tensor
 from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.lora import grouped as lora_grouped
 from specserve_kernels.lora import shrink as lora_shrink
-from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora, grouped_lora_ref
+from specserve_kernels.lora.grouped import GroupedLora, Shrunk, SlotFactors, grouped_lora, grouped_lora_ref
 from specserve_kernels.lora.tiles import lora_tiles
 from specserve_kernels.norm import sum_dtype
 from specserve_kernels.qkv import rotate_and_cache_ref
@@ -76,6 +76,12 @@ def oracle(x: Tensor, y: Tensor, linear: SlotFactors, mix: Mix) -> Tensor:
     return grouped_lora_ref(x.double(), y.double(), wide, *mix)
 
 
+def split(batch: GroupedLora, index: int, x: Tensor, y: Tensor) -> tuple[Tensor, Shrunk]:
+    """What a product leaves that has A behind its weights, and y for their output."""
+    s = (x.double() @ batch.linears[index].a.double().t()).to(y.dtype)
+    return batch.split(index, torch.cat([y, s], 1))
+
+
 def close(got: Tensor, want: Tensor) -> None:
     rtol, atol = OP[got.dtype]
     torch.testing.assert_close(got, want.to(got.dtype), rtol=rtol, atol=atol)
@@ -96,6 +102,11 @@ def test_mixed_batches(tokens: int, dtype: torch.dtype, device: torch.device) ->
         close(got, oracle(x, y, linear, mix))
         idle = mix.token_rows <= 0  # no row, or the row without slots
         assert torch.equal(got[idle], y[idle])
+        if dtype != torch.float16:
+            product, update = split(batch, index, x, y)
+            total = torch.ones_like(y)
+            update.add_to(total, product)
+            close(total, oracle(x, y.double() + 1, linear, mix))
 
 
 @pytest.fixture
@@ -138,10 +149,13 @@ def test_gated(
     linear = factors(24, (2 * size,) if merged else (size, size), dtype, device)
     x, y = (randn(tokens, width, dtype=dtype, device=device) for width in (24, 2 * size))
     want = silu_mul_ref(oracle(x, y, linear, mix))
-    close(mix.lora([linear]).update(0, x).silu_mul(y), want)
+    batch = mix.lora([linear])
+    product, behind = split(batch, 0, x, y)
+    close(batch.update(0, x).silu_mul(y), want)
+    close(behind.silu_mul(product), want)
 
 
-@pytest.mark.parametrize("cut", ["few", "many"])
+@pytest.mark.parametrize("cut", ["few", "many", "behind"])
 @pytest.mark.parametrize(("tokens", "dtype"), [(3, torch.float32), (37, torch.bfloat16)])
 @pytest.mark.parametrize("norm", [True, False])
 def test_rotated(
@@ -167,7 +181,8 @@ def test_rotated(
         oracle(x, y, linear, mix), cos.double(), sin.double(), wide_caches[0], wide_caches[1], slots,
         heads=heads, norm=wide_norm, finite=True,
     )  # fmt: skip
-    update = mix.lora([linear]).update(0, x)
+    batch = mix.lora([linear])
+    y, update = split(batch, 0, x, y) if cut == "behind" else (y, batch.update(0, x))
     got = update.rotate_and_cache(y, cos, sin, caches[0], caches[1], slots, heads=heads, norm=head_norm, finite=True)
     close(got, want)
     close(caches, wide_caches)
@@ -185,8 +200,12 @@ def test_many_adapters(device: torch.device) -> None:
     linear = factors(16, (16,), torch.float32, device, ranks, 256)
     x, y = (randn(count + 130, 16, dtype=torch.float32, device=device, seed=seed) for seed in (0, 1))
     want = oracle(x, y, linear, mix)
-    mix.lora([linear], 256).update(0, x).add_to(y)
+    batch = mix.lora([linear], 256)
+    product, behind = split(batch, 0, x, y)
+    batch.update(0, x).add_to(y)
     close(y, want)
+    behind.add_to(product)
+    close(product, want)
 
 
 def test_decodes_among_a_prompt(device: torch.device) -> None:
@@ -200,9 +219,12 @@ def test_decodes_among_a_prompt(device: torch.device) -> None:
     linear = factors(16, (16, 16), dtype, device, ranks, 16)
     x, y = (randn(total, width, dtype=dtype, device=device) for width in (16, 32))
     want = oracle(x, y, linear, mix)
-    close(mix.lora([linear], 8).update(0, x).silu_mul(y.clone()), silu_mul_ref(want))
-    mix.lora([linear], 8).update(0, x).add_to(y)
+    batch = mix.lora([linear], 8)
+    product, behind = split(batch, 0, x, y)
+    close(batch.update(0, x).silu_mul(y.clone()), silu_mul_ref(want))
+    batch.update(0, x).add_to(y)
     close(y, want)
+    close(behind.silu_mul(product), silu_mul_ref(want))
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 200])

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from specserve.layers import storage as storage_module
+from specserve.layers.storage import DenseStorage
 from specserve_adapters import pool as pool_module
 from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, unpack, write_places
 from specserve_adapters.pool import AdapterPool, AdapterWork
@@ -106,6 +108,57 @@ def test_slots_feed_the_products(device: torch.device) -> None:
             want = by_hand(index, x, y, [both, [(first, 1.0)], both, []])
             batch.update(index, x).add_to(y)
             torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("triton_pool")
+@pytest.mark.parametrize("bias", [False, True])
+def test_slots_behind_the_weights_come_with_the_product(
+    bias: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot is loaded into its linears' own memory, where there is room for all, and the product reads it there."""
+    monkeypatch.setattr(storage_module, "runs_triton", lambda _: True)
+    monkeypatch.setattr(storage_module, "MOST_BEHIND", 10)
+    dtype, slots = torch.float32, 3
+    rows = [slots * len(spec.parts) * RANK_BLOCK for spec in SPECS]
+    storages = [
+        DenseStorage(spec.in_features, [width for _, width in spec.parts], bias=bias, dtype=dtype, device=device,
+                     adapter_rows=count)
+        for spec, count in zip(SPECS, rows, strict=True)
+    ]  # fmt: skip
+    pool = AdapterPool(SPECS, slots, 5, dtype, device, [storage.behind for storage in storages])
+    full, part = (adapter(SPECS, {"q": rank, "k": 3, "o": rank}, dtype, rank) for rank in (5, 2))
+    pool.load_slot(0, full)
+    pool.load_slot(2, part)
+    check_slot(pool, 0, full)
+    check_slot(pool, 2, part)
+    token_rows = torch.tensor([1, 0, 1], device=device)
+    row_slots, row_weights = torch.tensor([[0], [2]], device=device), torch.tensor([[1.5], [0.5]], device=device)
+    batch = pool.device_batch(token_rows, row_slots, row_weights)
+    for index, (spec, storage) in enumerate(zip(SPECS, storages, strict=True)):
+        for number, parameters in enumerate(storage.parameters()):
+            for seed, parameter in enumerate(parameters.values()):
+                parameter.load(randn(*parameter.shape, seed=10 * number + seed))
+        x = randn(3, spec.in_features).to(device)
+        both = storage.matmul_behind(x, batch, index)
+        assert both is not None
+        plain = storage.matmul(x)
+        torch.testing.assert_close(both[0], plain, rtol=1e-5, atol=1e-5)
+        y = torch.zeros_like(plain)
+        both[1].add_to(y, both[0])
+        want = by_hand(index, x, plain, [[(part, 0.5)], [(full, 1.5)], [(part, 0.5)]])
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("triton_pool")
+def test_memory_for_other_slots_is_not_taken(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage has room for three slots; the pool has two, in memory of its own, and the product leaves them alone."""
+    monkeypatch.setattr(storage_module, "runs_triton", lambda _: True)
+    monkeypatch.setattr(storage_module, "MOST_BEHIND", 10)
+    storage = DenseStorage(8, (12,), bias=False, dtype=torch.float32, device=device, adapter_rows=3 * RANK_BLOCK)
+    pool = AdapterPool(SPECS[1:], 2, 5, torch.float32, device, [storage.behind])
+    one = torch.zeros(1, dtype=torch.int64, device=device)
+    batch = pool.device_batch(one, one[:, None], torch.ones(1, 1, device=device))
+    assert storage.behind is not None and storage.matmul_behind(randn(1, 8).to(device), batch, 0) is None
 
 
 def by_hand(index: int, x: Tensor, y: Tensor, rows: list[list[tuple[HostAdapter, float]]]) -> Tensor:

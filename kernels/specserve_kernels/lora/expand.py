@@ -2,13 +2,14 @@
 
     Δ[token, c] = Σ_slot Σ_r s[token, slot, p, r] · b[slot * R + r, c]
 
-over the slots of the token, p being the part that column c belongs to; s as `shrink` leaves it, DENSE or compact, in
-the dtype of the product. b [S * R, out_features] in the model's dtype: row slot * R + r is rank r of a slot over the
-columns of all parts. All products in float32, y included, and rounded once. A tile's rank blocks are taken together,
-with zeros for the tokens that do not use them, which leave sums as they are: a token's result does not depend on the
-others.
+over the slots of the token, p being the part that column c belongs to; s, in the dtype of the product, lies in one of
+three ways: "dense" or "compact", as `shrink` leaves it, or "behind" the linear's output in each token's row, left by a
+product whose weights have A behind them: x · Aᵀ of all slots [T, S * P * R], which is weighted here. b [S * R,
+out_features] in the model's dtype: row slot * R + r is rank r of a slot over the columns of all parts. All products in
+float32, y included, and rounded once. A tile's rank blocks are taken together, with zeros for the tokens that do not
+use them, which leave sums as they are: a token's result does not depend on the others.
 
-    add      y += Δ
+    add      y += Δ                         or y += product + Δ
     silu     silu(gate + Δ) * (up + Δ)      gate and up: the halves of y, of one part each
     rotate   see qkv.rotate_and_cache, of y + Δ, whose heads belong to one part each
 
@@ -28,22 +29,29 @@ MAX_PARTS = 4
 
 
 @triton.jit
-def load_s(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
-           TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
+def load_s(s, token_slots, token_weights, blocks, count, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
+           TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """s [TILE, RANKS] of the tile's tokens from block `done` on, zeros where a token does not have a rank."""
     lane, row = tl.arange(0, RANKS)[None, :], tl.arange(0, TILE)[:, None]
-    if DENSE:
+    if S == "dense":
         at = s + ((tile * PARTS + part) * TILE + row) * s_stride + done * 16 + lane
         return tl.load(at, mask=(row >= 0) & (done < count), other=0.0)  # nothing was written of a tile without blocks
     else:
         block, token = done + lane // 16, tile * TILE + row
         code = tl.load(blocks + block, mask=block < count, other=-131072)  # of slot -2, which nobody has
-        begin = token * 0 - 1
+        begin, weight = token * 0 - 1, tl.zeros([TILE, RANKS], tl.float32)
         for m in tl.static_range(M):
             hit = tl.load(token_slots + token * M + m) == (code >> 16)
             begin = tl.where(hit, (token * M + m) * PARTS + part, begin)
-        at = begin * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
-        return tl.load(s + at, mask=begin >= 0, other=0.0)
+            if S == "behind":
+                weight = tl.where(hit, tl.load(token_weights + token * M + m), weight)
+        rank = ((code >> 8) & 255) * 16 + lane % 16
+        if S == "compact":
+            return tl.load(s + begin * rank_stride + rank, mask=begin >= 0, other=0.0)
+        else:
+            own = (begin >= 0) & (lane % 16 < (code & 255))  # a token has s of all slots
+            at = token.to(tl.int64) * s_stride + ((code >> 16) * PARTS + part) * rank_stride + rank
+            return (tl.load(s + at, mask=own, other=0.0).to(tl.float32) * weight).to(s.dtype.element_ty)
 
 
 @triton.jit
@@ -57,15 +65,15 @@ def load_b(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS:
 
 
 @triton.jit
-def s_by_b(shrunk, factors, s, b, token_slots, blocks, count, tile, part, column, inside, rank_stride, s_stride,
-           b_stride, M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
-           WIDE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def s_by_b(shrunk, factors, s, b, token_slots, token_weights, blocks, count, tile, part, column, inside, rank_stride,
+           s_stride, b_stride, M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
+           WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first RANKS ranks. A tile with more has
     many, of decodes among a prompt's: these are taken WIDE at a time."""
     total = tl.dot(shrunk, factors, input_precision=PRECISION)
-    for done in tl.range(RANKS // 16, count, WIDE // 16, num_stages=3 if DENSE else 1):
-        more = load_s(s, token_slots, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE, PARTS, WIDE,
-                      DENSE)  # fmt: skip
+    for done in tl.range(RANKS // 16, count, WIDE // 16, num_stages=3 if S == "dense" else 1):
+        more = load_s(s, token_slots, token_weights, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE,
+                      PARTS, WIDE, S)  # fmt: skip
         more_factors = load_b(b, blocks, count, done, column, inside, rank_stride, b_stride, WIDE, FACTOR)
         total = tl.dot(more, more_factors, total, input_precision=PRECISION)
     return total
@@ -87,13 +95,13 @@ def _part_of_block(block, w0, w1, w2, w3, COLUMNS: tl.constexpr):
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"])
 def add_kernel(
-    y, b, s, token_slots, counts, blocks,
-    w0, w1, w2, w3, num_tokens, most, rank_stride, s_stride, b_stride, y_stride,
+    y, product, b, s, token_slots, token_weights, counts, blocks,
+    w0, w1, w2, w3, num_tokens, most, rank_stride, s_stride, b_stride, y_stride, product_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    LOOPS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    LOOPS: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """y += Δ: a tile and LOOPS times COLUMNS columns of one part a program."""
+    """y += Δ, and `product` if it is given: a tile and LOOPS times COLUMNS columns of one part a program."""
     tile = tl.program_id(1)
     count, blocks = tl.load(counts + tile), blocks + tile * most
     part, start, width, first = _part_of_block(tl.program_id(0), w0, w1, w2, w3, COLUMNS * LOOPS)
@@ -101,20 +109,28 @@ def add_kernel(
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     factors = load_b(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
     wait(PDL)
-    if count == 0:
+    if (count == 0) & (product is None):
         return
     at, inside = y + (token * y_stride + start + c), (token < num_tokens) & (c < width)
     base = tl.load(at, mask=inside, other=0.0)
-    shrunk = load_s(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
+    if product is not None:
+        more_at = product + (token * product_stride + start + c)
+        base = base.to(tl.float32) + tl.load(more_at, mask=inside, other=0.0).to(tl.float32)
+    shrunk = load_s(s, token_slots, token_weights, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS,
+                    RANKS, S)  # fmt: skip
     for loop in range(LOOPS):
         # What the next columns need is on its way while these are computed.
         next_c = c + COLUMNS
         next_inside = (token < num_tokens) & (next_c < width) & (loop + 1 < LOOPS)
         next_base = tl.load(at + COLUMNS, mask=next_inside, other=0.0)
+        if product is not None:
+            more_at += COLUMNS
+            next_base = next_base.to(tl.float32) + tl.load(more_at, mask=next_inside, other=0.0).to(tl.float32)
         next_factors = load_b(b, blocks, count, 0, start + next_c, (next_c < width) & (loop + 1 < LOOPS),
                               rank_stride, b_stride, RANKS, FACTOR)  # fmt: skip
-        delta = s_by_b(shrunk, factors, s, b, token_slots, blocks, count, tile, part, start + c, c < width, rank_stride,
-                       s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
+        delta = s_by_b(shrunk, factors, s, b, token_slots, token_weights, blocks, count, tile, part, start + c,
+                       c < width, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
+                       PRECISION)  # fmt: skip
         tl.store(at, (base.to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
         at, c, inside, base, factors = at + COLUMNS, next_c, next_inside, next_base, next_factors
 
@@ -122,10 +138,10 @@ def add_kernel(
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"])
 def silu_kernel(
-    y, b, s, out, token_slots, counts, blocks,
-    size, num_tokens, most, rank_stride, s_stride, b_stride,
+    y, b, s, out, token_slots, token_weights, counts, blocks,
+    size, num_tokens, most, rank_stride, s_stride, b_stride, y_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    LOOPS: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    LOOPS: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, size] of y [T, 2 * size]: a tile and LOOPS times COLUMNS results a program."""
@@ -136,12 +152,12 @@ def silu_kernel(
     gates = load_b(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
     ups = load_b(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
     wait(PDL)
-    row, inside = y + token.to(tl.int64) * (2 * size), (token < num_tokens) & (c < size)
+    row, inside = y + token.to(tl.int64) * y_stride, (token < num_tokens) & (c < size)
     gate, up = tl.load(row + c, mask=inside, other=0.0), tl.load(row + size + c, mask=inside, other=0.0)
-    to_gate = load_s(s, token_slots, blocks, count, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
-    to_up = load_s(
-        s, token_slots, blocks, count, 0, tile, PARTS - 1, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE
-    )
+    to_gate = load_s(s, token_slots, token_weights, blocks, count, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS,
+                     RANKS, S)  # fmt: skip
+    to_up = load_s(s, token_slots, token_weights, blocks, count, 0, tile, PARTS - 1, rank_stride, s_stride, M, TILE,
+                   PARTS, RANKS, S)  # fmt: skip
     for loop in range(LOOPS):
         next_c = c + COLUMNS
         more = (next_c < size) & (loop + 1 < LOOPS)
@@ -150,11 +166,11 @@ def silu_kernel(
         next_up = tl.load(row + size + next_c, mask=next_inside, other=0.0)
         next_gates = load_b(b, blocks, count, 0, next_c, more, rank_stride, b_stride, RANKS, FACTOR)
         next_ups = load_b(b, blocks, count, 0, size + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
-        delta = s_by_b(to_gate, gates, s, b, token_slots, blocks, count, tile, 0, c, c < size, rank_stride, s_stride,
-                       b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
+        delta = s_by_b(to_gate, gates, s, b, token_slots, token_weights, blocks, count, tile, 0, c, c < size,
+                       rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR, PRECISION)  # fmt: skip
         x = gate.to(tl.float32) + delta
-        delta = s_by_b(to_up, ups, s, b, token_slots, blocks, count, tile, PARTS - 1, size + c, c < size, rank_stride,
-                       s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
+        delta = s_by_b(to_up, ups, s, b, token_slots, token_weights, blocks, count, tile, PARTS - 1, size + c, c < size,
+                       rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR, PRECISION)  # fmt: skip
         result = gated(x, up.to(tl.float32) + delta).to(out.dtype.element_ty)
         tl.store(out + token.to(tl.int64) * size + c, result, mask=inside)
         c, inside, gate, up, gates, ups = next_c, next_inside, next_gate, next_up, next_gates, next_ups
@@ -163,16 +179,15 @@ def silu_kernel(
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"], do_not_specialize_on_alignment=["slot_ptr"])
 def rotate_kernel(
-    y, b, s, token_slots, counts, blocks, cos_ptr, sin_ptr, weight_ptr, eps_ptr, slot_ptr, q_ptr, k_ptr, v_ptr,
-    w0, w1, w2, num_tokens, most, rank_stride, s_stride, b_stride, k_stride, v_stride,
+    y, b, s, token_slots, token_weights, counts, blocks, cos_ptr, sin_ptr, weight_ptr, eps_ptr, slot_ptr,
+    q_ptr, k_ptr, v_ptr, w0, w1, w2, num_tokens, most, rank_stride, s_stride, b_stride, y_stride, k_stride, v_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
-    FINITE: tl.constexpr, WIDE: tl.constexpr, DENSE: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    FINITE: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile and LOOPS heads of one part a program; BLOCK: half of a head, padded."""
     HALF: tl.constexpr = DIM // 2
-    ROW: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
     tile, head = tl.program_id(1), tl.program_id(0) * LOOPS
     count, blocks = tl.load(counts + tile), blocks + tile * most
     part = (head * DIM >= w0).to(tl.int32) + (head * DIM >= w0 + w1) + (head * DIM >= w0 + w1 + w2)
@@ -180,12 +195,13 @@ def rotate_kernel(
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     inside, half = (token < num_tokens) & (column < HALF), column < HALF
     is_rotated = head < HEADS + KV_HEADS
-    at, row = head * DIM + column, y + token.to(tl.int64) * ROW
+    at, row = head * DIM + column, y + token.to(tl.int64) * y_stride
     lows = load_b(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
     highs = load_b(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
     wait(PDL)
     low, high = tl.load(row + at, mask=inside, other=0.0), tl.load(row + at + HALF, mask=inside, other=0.0)
-    shrunk = load_s(s, token_slots, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS, RANKS, DENSE)
+    shrunk = load_s(s, token_slots, token_weights, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS,
+                    RANKS, S)  # fmt: skip
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=0)
     cos, sin = load_angles(cos_ptr, sin_ptr, token.to(tl.int64), column, inside & is_rotated, DIM)
     for loop in range(LOOPS):
@@ -195,11 +211,11 @@ def rotate_kernel(
         next_high = tl.load(row + next_at + HALF, mask=inside & more, other=0.0)
         next_lows = load_b(b, blocks, count, 0, next_at, more, rank_stride, b_stride, RANKS, FACTOR)
         next_highs = load_b(b, blocks, count, 0, next_at + HALF, more, rank_stride, b_stride, RANKS, FACTOR)
-        delta = s_by_b(shrunk, lows, s, b, token_slots, blocks, count, tile, part, at, half, rank_stride, s_stride,
-                       b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
+        delta = s_by_b(shrunk, lows, s, b, token_slots, token_weights, blocks, count, tile, part, at, half, rank_stride,
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR, PRECISION)  # fmt: skip
         first = low.to(tl.float32) + delta
-        delta = s_by_b(shrunk, highs, s, b, token_slots, blocks, count, tile, part, at + HALF, half, rank_stride,
-                       s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, DENSE, FACTOR, PRECISION)  # fmt: skip
+        delta = s_by_b(shrunk, highs, s, b, token_slots, token_weights, blocks, count, tile, part, at + HALF, half,
+                       rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR, PRECISION)  # fmt: skip
         second = high.to(tl.float32) + delta
         is_rotated = head < HEADS + KV_HEADS
         weight_low, weight_high, eps = load_head_weights(weight_ptr, eps_ptr, at, half & is_rotated, HALF)

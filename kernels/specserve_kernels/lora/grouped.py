@@ -3,11 +3,12 @@
     y[t] += Σ_j row_weights[row, j] · B_slot (A_slot x[t])        row = token_rows[t], slot = row_slots[row, j]
 
 for each part of a merged linear, which has its own A and its own columns of y. Which blocks of ranks the tokens use is
-worked out once a forward (`lora_tiles`). Each linear then takes one launch of its own, `shrink`; the second product is
-added by the kernel that reads the linear's output, or by the linear's own product. Only the real ranks of the slots in
-use are read. Everything that changes from step to step lies on the device, launches depend on shapes alone. Products
-are summed in float32; the shrunk activations are rounded to the model's dtype for the second product where it has
-float32's range, and to TF32 for float16, which has not.
+worked out once a forward (`lora_tiles`). Each linear then takes one launch of its own, `shrink`, or none where A lies
+behind its weights, whose product gives x Aᵀ of all slots along with its output; the second product is added by the
+kernel that reads the linear's output. Products of few tokens do both halves themselves (`fold`). But for that one
+product, only the real ranks of the slots in use are read. Everything that changes from step to step lies on the device,
+launches depend on shapes alone. Products are summed in float32; the shrunk activations are rounded to the model's dtype
+for the second product where it has float32's range, and to TF32 for float16, which has not.
 """
 
 from __future__ import annotations
@@ -73,15 +74,15 @@ def grouped_lora_ref(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shrunk:
-    """What a linear's shrink leaves for whoever reads the linear's output, once.
+    """The first half of a linear's adapters, for whoever reads the linear's output, once.
 
-    s dense [N, parts, tile, K] or compact [N * tile, M, parts, R], of `parts` parts, see `shrink`; `b`, whose R is
-    `rank_stride`, and `widths` as in SlotFactors. `tiles` was there before the kernels of this linear began, s is to be
-    waited for (see overlap).
+    s `lies` "dense" [N, parts, tile, K] or "compact" [N * tile, M, parts, R], see `shrink`, or "behind" [T, S * parts *
+    R], see `expand`; `b`, whose R is `rank_stride`, and `widths` as in SlotFactors. `tiles` was there before the
+    kernels of this linear began, s is to be waited for (see overlap).
     """
 
     s: Tensor
-    dense: bool
+    lies: str
     parts: int
     rank_stride: int
     b: Tensor
@@ -91,23 +92,24 @@ class Shrunk:
     dtype: torch.dtype
     many: bool  # rank blocks are expected, as Folded says
 
-    def add_to(self, y: Tensor) -> None:
-        """y [T, out_features] += Δ, in place."""
+    def add_to(self, y: Tensor, product: Tensor | None = None) -> None:
+        """y [T, out_features] += Δ, in place, and `product` of the same shape if it is given."""
         assert y.shape == (self.num_tokens, self.b.shape[1]) and y.stride(1) == 1, (y.shape, y.stride(), self.b.shape)
         assert y.dtype == self.dtype and self.num_tokens * y.stride(0) < 2**31, (y.dtype, y.stride())
+        assert product is None or (product.shape == y.shape and product.stride(1) == 1), product.shape
         columns, loops, constants = _column_constants(self._traits(overlaps(y)))
         tiles, widths = self.tiles, (*self.widths, 0, 0, 0)[:MAX_PARTS]
         blocks = sum([-(-width // (columns * loops)) for width in self.widths])
         add_kernel[(blocks, tiles.blocks.shape[0])](
-            y, self.b, self.s, tiles.token_slots, tiles.counts, tiles.blocks,
-            *widths, self.num_tokens, tiles.blocks.shape[1], self.rank_stride, self.s.shape[-1],
-            self.b.shape[1], y.stride(0), **constants,
+            y, product, self.b, self.s, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
+            *widths, self.num_tokens, tiles.blocks.shape[1], self.rank_stride, self.s.stride(-2),
+            self.b.shape[1], y.stride(0), 0 if product is None else product.stride(0), **constants,
         )  # fmt: skip
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up of gate_up [T, 2 * n] + Δ → [T, n]; see activation."""
         tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-        assert gate_up.is_contiguous() and gate_up.dtype == self.dtype, (gate_up.stride(), gate_up.dtype)
+        assert gate_up.stride(1) == 1 and gate_up.dtype == self.dtype, (gate_up.stride(), gate_up.dtype)
         assert self.widths in ((size, size), (2 * size,)) and tokens == self.num_tokens, (self.widths, gate_up.shape)
         if size % RANK_BLOCK:  # no model's; on a GPU the kernel below was seen to be wrong there
             self.add_to(gate_up)
@@ -116,8 +118,9 @@ class Shrunk:
         columns, loops, constants = _column_constants(self._traits(overlaps(gate_up)))
         tiles = self.tiles
         silu_kernel[(-(-size // (columns * loops)), tiles.blocks.shape[0])](
-            gate_up, self.b, self.s, out, tiles.token_slots, tiles.counts, tiles.blocks,
-            size, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.shape[-1], self.b.shape[1], **constants,
+            gate_up, self.b, self.s, out, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
+            size, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.stride(-2), self.b.shape[1],
+            gate_up.stride(0), **constants,
         )  # fmt: skip
         return out
 
@@ -127,23 +130,24 @@ class Shrunk:
     ) -> Tensor:  # fmt: skip
         """qkv.rotate_and_cache of qkv + Δ."""
         tokens, (_, kv_heads, head_dim) = qkv.shape[0], k_cache.shape
-        assert qkv.is_contiguous() and qkv.dtype == cos.dtype == self.dtype, (qkv.stride(), qkv.dtype, cos.dtype)
+        assert qkv.stride(1) == 1 and qkv.dtype == cos.dtype == self.dtype, (qkv.stride(), qkv.dtype, cos.dtype)
         assert tokens == self.num_tokens and qkv.shape[1] == self.b.shape[1], (qkv.shape, self.b.shape)
         q = qkv.new_empty(tokens, heads, head_dim)
         loops, constants = _rotate_constants(self._traits(overlaps(qkv)), heads, kv_heads, head_dim, self.widths)
         tiles, widths = self.tiles, (*self.widths, 0, 0)[:3]
         weight, eps = norm or (None, None)
         rotate_kernel[((heads + 2 * kv_heads) // loops, tiles.blocks.shape[0])](
-            qkv, self.b, self.s, tiles.token_slots, tiles.counts, tiles.blocks, cos, sin, weight, eps, slot_mapping,
-            q, k_cache, v_cache, *widths, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.shape[-1],
-            self.b.shape[1], k_cache.stride(0), v_cache.stride(0), FINITE=finite, **constants,
+            qkv, self.b, self.s, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
+            cos, sin, weight, eps, slot_mapping, q, k_cache, v_cache,
+            *widths, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.stride(-2),
+            self.b.shape[1], qkv.stride(0), k_cache.stride(0), v_cache.stride(0), FINITE=finite, **constants,
         )  # fmt: skip
         return q
 
     def _traits(self, pdl: bool) -> _Traits:
         tiles = self.tiles
         return _Traits(
-            self.num_tokens, tiles.token_slots.shape[1], tiles.tile, self.parts, self.dense, self.rank_stride,
+            self.num_tokens, tiles.token_slots.shape[1], tiles.tile, self.parts, self.lies, self.rank_stride,
             self.dtype, self.many or self.num_tokens <= _SOME_TOKENS, pdl,
         )  # fmt: skip
 
@@ -155,7 +159,7 @@ class _Traits(NamedTuple):
     per_row: int
     tile: int
     parts: int
-    dense: bool
+    lies: str
     rank_stride: int
     dtype: torch.dtype
     mixed: bool  # a tile of decodes, with an adapter each, may be what takes longest
@@ -166,11 +170,11 @@ def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
     """Ranks at once: a prompt's tile seldom has more than one adapter's; where it does it has many, of decodes, which
     take more at once as far as there are registers."""
     factor = _FACTORS[traits.dtype]
-    most = 64 if traits.dense else min(most_ranks, power_of_2(traits.rank_stride))
+    most = 64 if traits.lies == "dense" else min(most_ranks, power_of_2(traits.rank_stride))
     ranks = min(most, 32) if factor == tl.float32 else most
     wide = ranks if factor == tl.float32 or not traits.mixed else max(ranks, most_ranks)
     return {
-        "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "DENSE": traits.dense,
+        "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "S": traits.lies,
         "RANKS": ranks, "WIDE": wide, "FACTOR": factor,
         "PRECISION": _PRECISIONS[traits.dtype], "PDL": traits.pdl, "num_warps": 4, "launch_pdl": traits.pdl,
     }  # fmt: skip
@@ -179,7 +183,7 @@ def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
 @lru_cache(maxsize=1024)
 def _column_constants(traits: _Traits) -> tuple[int, int, Mapping[str, object]]:
     """(columns at once, how often in a program, the kernel's constants)."""
-    columns, loops = 64, 1 if traits.dense or traits.mixed else 4
+    columns, loops = 64, 1 if traits.lies == "dense" or traits.mixed else 4
     return columns, loops, _common_constants(traits, 64) | {"COLUMNS": columns, "LOOPS": loops}
 
 
@@ -189,7 +193,7 @@ def _rotate_constants(
 ) -> tuple[int, Mapping[str, object]]:
     """(heads of a program, which are all of one part; the kernel's constants)."""
     assert len(widths) <= 3 and not any(width % head_dim for width in widths), (widths, head_dim)
-    loops = 1 if traits.dense or traits.mixed else 4
+    loops = 1 if traits.lies == "dense" or traits.mixed else 4
     while any(number % loops for number in (kv_heads, *[width // head_dim for width in widths])):
         loops //= 2
     block = max(16, power_of_2(head_dim // 2))
@@ -224,7 +228,7 @@ class GroupedLora:
 
     def update(self, linear_index: int, x: Tensor) -> Shrunk:
         """What the adapters add to linear `linear_index` of x [T, in_features]: its first half, of x as it is now."""
-        a, b, widths = self.linears[linear_index]
+        a, _, widths = self.linears[linear_index]
         assert x.shape == (self.num_tokens, a.shape[1]) and x.stride(1) == 1, (x.shape, x.stride(), a.shape)
         assert x.dtype == a.dtype, x.dtype
         tiles, parts = self.tiles, len(widths)
@@ -232,7 +236,21 @@ class GroupedLora:
             *x.shape, parts, tiles.token_slots.shape[1], tiles.blocks.shape[1], self.rank_stride, x.dtype, overlaps(x)
         )
         s = shrink(x, a, self.rank_stride, tiles, self.counters[len(self.linears) :], cut)
-        return Shrunk(s, cut.dense, parts, self.rank_stride, b, widths, tiles, self.num_tokens, x.dtype, self.many)
+        return self._shrunk(linear_index, s, "dense" if cut.dense else "compact")
+
+    def split(self, linear_index: int, y: Tensor) -> tuple[Tensor, Shrunk]:
+        """y [T, out_features + S * P * R], of a product whose weights have `a` of linear `linear_index` behind them:
+        the output [T, out_features], rows apart, and the first half of its adapters."""
+        a, b, _ = self.linears[linear_index]
+        assert y.shape == (self.num_tokens, b.shape[1] + a.shape[0]) and y.dtype == a.dtype, (y.shape, y.dtype, a.dtype)
+        output, s = y.split_with_sizes((b.shape[1], a.shape[0]), 1)
+        return output, self._shrunk(linear_index, s, "behind")
+
+    def _shrunk(self, linear_index: int, s: Tensor, lies: str) -> Shrunk:
+        a, b, widths = self.linears[linear_index]
+        return Shrunk(
+            s, lies, len(widths), self.rank_stride, b, widths, self.tiles, self.num_tokens, a.dtype, self.many
+        )
 
 
 def grouped_lora(

@@ -4,7 +4,7 @@ Module i has the A [rank, in_features] and the B [width, rank] at these elements
 
     places [n, 3] int64    of A, of B; the rank (0: no LoRA, the offsets are not read)
 
-and of the flat `store`, blob's dtype, whatever the slot:
+and of the flat `store`, blob's dtype, whatever the slot (for the kernel, they may lead out of it):
 
     layout [n, 7] int64    slot 0's A and Bᵀ; from one slot to the next of A and of Bᵀ; in_features, width, out_features
 

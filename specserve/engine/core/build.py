@@ -21,7 +21,9 @@ from specserve.runtime.runner import ModelRunner
 from specserve.runtime.step_graphs import Sizes
 from specserve.speculation.proposer import Proposer
 from specserve.speculation.registry import ProposerRegistry
+from specserve_adapters.host_adapter import round_up
 from specserve_adapters.manager import AdapterManager
+from specserve_kernels.lora.tiles import RANK_BLOCK
 
 BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}  # of a step, where no setting says
 
@@ -71,8 +73,9 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = (),
     batched_tokens = resolve_batched_tokens(config, device)
     check_quantization(config, device)
     target = load_model(
-        config.model, dtype=config.dtype, device=device, quantization=config.quantization, progress=progress
-    )
+        config.model, dtype=config.dtype, device=device, quantization=config.quantization,
+        adapter_ranks=_adapter_ranks(config), progress=progress,
+    )  # fmt: skip
     draft = _load_draft(config, target.spec, device, progress=progress)
     models: list[Model] = [target] if draft is None else [target, draft]
     max_model_len = resolve_max_model_len(config.max_model_len, [model.spec for model in models])
@@ -131,10 +134,15 @@ def _load_draft(config: EngineConfig, target: ModelSpec, device: torch.device, *
         return None
     draft = load_model(
         config.draft_model, dtype=dtype_name(target.dtype), device=device, quantization=config.draft_quantization,
-        progress=progress,
+        adapter_ranks=_adapter_ranks(config), progress=progress,
     )  # fmt: skip
     check_draft(target, draft.spec)
     return draft
+
+
+def _adapter_ranks(config: EngineConfig) -> int:
+    """Ranks of all slots, as they lie on a device: see AdapterPool."""
+    return config.max_loras * round_up(config.max_lora_rank, RANK_BLOCK)
 
 
 def _build_adapters(config: EngineConfig, models: list[Model]) -> AdapterManager:
