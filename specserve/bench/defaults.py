@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 
 import msgspec
 
+from specserve.bench.adapter_loads import ranks_of
 from specserve.bench.options import ALL_ADAPTERS, TraceOptions
 from specserve.bench.plan import AbOptions, Plan, make_plan
 from specserve.bench.target import look
@@ -53,7 +54,7 @@ def plan_for(
     def tokens() -> Vocabulary:
         return Vocabulary.load(tokenizer or asyncio.run(_tokenizer_of(variants, headers)))
 
-    plan = make_plan(options, trace, tokens)
+    plan = make_plan(options, trace, tokens, partial(ranks_of, variants))
     ids = any(isinstance(request.prompt, list) for requests in plan.traces.values() for request in requests)
     if not (ids and any(variant.engine in TEXT_ENGINES for variant in variants)):
         return plan

@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 
 import msgspec
 
+from specserve.bench.adapter_loads import Ranks, modules_of
 from specserve.bench.datasets import Tokens
 from specserve.bench.options import TraceOptions, refused
 from specserve.bench.records import Load, TracedRequest
@@ -20,10 +21,13 @@ LEAST_REQUESTS = 3  # a run
 
 
 class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a comparison goes. Each of `concurrency` and each of `rates` is a load of its own."""
+    """How a comparison goes. Each of `concurrency` and each of `rates` is a load of its own, with each of `adapters`
+    or of `ranks` if there are any."""
 
     concurrency: tuple[int, ...] = ()  # requests at a time
     rates: tuple[float, ...] = ()  # requests/s
+    adapters: tuple[int, ...] = ()  # how many of --lora-modules are asked for, the first ones; 0: the base model alone
+    ranks: tuple[int, ...] = ()  # of those asked for; 0: the base model alone
     rounds: int = 6  # fewer know little of their own spread
     requests: int | None = None  # a run; None: twice the concurrency and some, or `seconds` of a rate
     seconds: float = 10.0  # how long requests come in a run at a rate
@@ -42,8 +46,14 @@ class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             for value in getattr(self, name):
                 if not 0 < value < math.inf:
                     raise refused(name, f"must hold positive numbers, not {value}.")
+        for name in ("adapters", "ranks"):
+            if any(value < 0 for value in getattr(self, name)):
+                raise refused(name, "must hold no negative numbers.")
+        for name in ("concurrency", "rates", "adapters", "ranks"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise refused(name, "must name each load once.")
+        if self.adapters and self.ranks:
+            raise refused("ranks", "and --adapters are varied one at a time.")
         if self.one_at_a_time and self.minutes is not None:
             raise refused("minutes", "goes with servers that are resident together: leave --one-at-a-time out.")
 
@@ -51,11 +61,12 @@ class AbOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """The loads in their order; a dataset that tells when requests come is the only one."""
         if timed and (self.concurrency or self.rates):
             raise refused("concurrency", "and --rates go without a dataset that says when requests come.")
-        if timed:
-            return [{"trace": "timed"}]
-        found: list[Load] = [{"concurrency": number} for number in self.concurrency]
+        found: list[Load] = [{"trace": "timed"}] if timed else []
+        found += [{"concurrency": number} for number in self.concurrency]
         found += [{"rate": rate} for rate in self.rates]
-        return found or [{"concurrency": number} for number in LOADS]
+        used: list[Load] = [{"adapters": number} for number in self.adapters]
+        used += [{"rank": rank} for rank in self.ranks]
+        return [load | one for load in found or [{"concurrency": number} for number in LOADS] for one in used or [{}]]
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -69,28 +80,42 @@ class Plan(msgspec.Struct, frozen=True):
         return self.traces[load_name(turn.load), turn.round]
 
 
-def make_plan(options: AbOptions, trace: TraceOptions, tokens: Callable[[], Tokens]) -> Plan:
+def make_plan(
+    options: AbOptions, trace: TraceOptions, tokens: Callable[[], Tokens], ranks: Callable[[], Ranks] = dict
+) -> Plan:
     """One seeded trace a load, cut into a warm-up and rounds.
 
     Every variant is sent the same. No round repeats another's requests, as far as the dataset goes, so that no prefix
-    cache answers for a server. Raises InvalidRequestError.
+    cache answers for a server. `ranks`: of adapters, asked for where ranks are varied. Raises InvalidRequestError.
     """
     options.check()
     loads = options.loads(timed=trace.timed)
+    used = [modules_of(load, trace.lora_modules, ranks) for load in loads]
     found: dict[tuple[str, int], list[TracedRequest]] = {}
     for number, load in enumerate(loads):
         count = _requests(options, load)
         sizes = [options.warm_up or count, *[count] * options.rounds]
         asked = msgspec.structs.replace(
-            trace, num_prompts=sum(sizes), seed=trace.seed + number, request_rate=_rate(trace, load)
+            trace,
+            num_prompts=sum(sizes),
+            seed=trace.seed + number,
+            request_rate=_rate(trace, load),
+            lora_modules=used[number],
         )
         whole = make_trace(asked, tokens)
+        if (options.adapters or options.ranks) and not _as_asked(whole, asked.lora_modules):
+            raise refused("dataset_path", "names adapters itself: --adapters and --ranks go without those.")
         if len(whole) <= sum(sizes[:-1]):  # the last round may have fewer
             wanted = f"{options.rounds} and a warm-up take {sum(sizes)} requests"
             raise refused("rounds", f"{wanted}, but the dataset has {len(whole)}.")
         for part, (start, end) in enumerate(pairwise(accumulate(sizes, initial=0)), WARM_UP):
             found[load_name(load), part] = _from_zero(whole[start:end])
     return Plan(loads, options.rounds, found)
+
+
+def _as_asked(requests: Sequence[TracedRequest], names: Sequence[str]) -> bool:
+    known: set[str | None] = set(names) or {None}
+    return {request.adapter for request in requests} <= known
 
 
 def _requests(options: AbOptions, load: Load) -> int:

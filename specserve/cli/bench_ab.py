@@ -55,6 +55,8 @@ A side is flags of `specserve serve`, the URL of a server that runs, or the comm
   specserve bench ab --model my/model --a "" --b "--draft-model my/draft" --concurrency 1,8,64
   specserve bench ab --a http://127.0.0.1:8000 --b http://127.0.0.1:8001 --rates 2,8
   specserve bench ab --a "specserve serve my/model" --b "vllm serve my/model"
+  specserve bench ab --model my/model --a "--lora-dir adapters" --b "--lora-dir adapters --draft-model my/draft" \
+    --lora-modules a b c d --adapters 0,1,4
   specserve bench ab --variants variants.yaml
 
 The file has more than two, each compared with the first: {variants: {NAME: TEXT, …}, model: …}. Without sides: the
@@ -82,6 +84,15 @@ def add_ab(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     load.add_argument(
         "--rates", type=partial(_numbers, float), default=(), metavar="X,X…", help="requests/s, in place of that"
     )
+    used = parser.add_argument_group("adapters, each number at each load").add_mutually_exclusive_group()
+    used.add_argument(
+        "--adapters", type=partial(_numbers, int), default=(), metavar="N,N…",
+        help="how many of --lora-modules are asked for, the first ones; 0: the base model alone",
+    )  # fmt: skip
+    used.add_argument(
+        "--ranks", type=partial(_numbers, int), default=(), metavar="R,R…",
+        help="of --lora-modules those of this rank; 0: the base model alone",
+    )  # fmt: skip
     add_flags(parser.add_argument_group("rounds"), AbOptions, AB_HELP)
     add_trace_flags(parser, TRACE_FLAGS)
     asked = parser.add_argument_group("servers")

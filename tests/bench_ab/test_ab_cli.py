@@ -72,6 +72,21 @@ def test_a_file_of_three_compares_two_with_the_first(tmp_path: Path) -> None:
     assert "0 of 8 answers" in third
 
 
+def test_what_adapters_cost_is_measured_and_drawn(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "specserve.cli.main", "bench", "ab", "--output", str(tmp_path / "out")]
+    flags = ["--tokenizer", str(DEMO_ROOT / "target"), "--input-len", "4", "--output-len", "8", "--requests", "4"]
+    flags += ["--concurrency", "2", "--rounds", "2", "--lora-modules", "x", "y", "--adapters", "0,2"]
+    words = [*program, "--a", side(), "--b", side("--token-seconds", "0.004"), *flags]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "concurrency 2, 0 adapters (8 pairs in 2 rounds)" in done.stdout
+    assert (tmp_path / "out" / "overhead-adapters.png").exists()
+    runs = read_comparison(tmp_path / "out").runs
+    asked = {run.load["adapters"]: {one.adapter for each in runs if each.load == run.load for one in each.requests}
+             for run in runs}  # fmt: skip
+    assert asked[0] == {None} and asked[2] <= {"x", "y"} and None not in asked[2]
+
+
 def test_different_texts_are_shown(tmp_path: Path) -> None:
     done = ab(tmp_path / "out", side(), side("--wrong-after", "3"), "--rounds", "1", "--api-key", "secret")
     assert done.returncode == 0, done.stderr

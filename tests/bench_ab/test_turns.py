@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +99,46 @@ def test_a_warm_up_may_be_short() -> None:
     assert all(trace[0].arrival == 0.0 for trace in plan.traces.values())
 
 
+def asked(options: AbOptions, trace: TraceOptions, **more: Any) -> dict[str, set[str | None]]:
+    """The adapters of each load's requests."""
+    plan = make_plan(options, trace, Numbers, **more)
+    found: dict[str, set[str | None]] = {load_name(load): set() for load in plan.loads}
+    for (load, _), requests in plan.traces.items():
+        found[load] |= {request.adapter for request in requests}
+    return found
+
+
+def test_adapters_in_use_are_a_load() -> None:
+    trace = TraceOptions(lora_modules=("a", "b", "c"), lora_assignment="round-robin", input_len=8)
+    options = AbOptions(concurrency=(2, 4), adapters=(0, 1, 3), rounds=2)
+    each = {"0 adapters": {None}, "1 adapter": {"a"}, "3 adapters": {"a", "b", "c"}}
+    assert asked(options, trace) == {
+        f"concurrency {number}, {load}": names for number in (2, 4) for load, names in each.items()
+    }
+
+
+def test_ranks_in_use_are_a_load() -> None:
+    trace = TraceOptions(lora_modules=("a", "b", "c"), lora_assignment="round-robin", input_len=8)
+    options = AbOptions(rates=(3.0,), ranks=(0, 8, 64), rounds=2)
+    found = asked(options, trace, ranks=lambda: {"a": 8, "b": 64, "c": 8})
+    assert found == {
+        "3 requests/s, rank 0": {None}, "3 requests/s, rank 8": {"a", "c"}, "3 requests/s, rank 64": {"b"},
+    }  # fmt: skip
+    with pytest.raises(InvalidRequestError, match="finds no adapter of rank 64 in --lora-modules: a has 8, b has 8,"):
+        asked(options, trace, ranks=lambda: dict.fromkeys("abc", 8))
+    with pytest.raises(InvalidRequestError, match="needs sides that name the folder of each adapter: not of b, c"):
+        asked(options, trace, ranks=lambda: {"a": 8})
+
+
+def test_a_dataset_with_adapters_of_its_own_leaves_none_to_vary(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "Hello", "lora": "b"}\n{"prompt": "Good day"}\n')
+    trace = TraceOptions(dataset_name="custom", dataset_path=str(path), lora_modules=("a", "b"))
+    with pytest.raises(InvalidRequestError, match="--dataset-path names adapters itself"):
+        make_plan(AbOptions(adapters=(0, 1)), trace, Numbers)
+    assert asked(AbOptions(adapters=(2,), rounds=9), trace) != {}  # all that it names are in use
+
+
 def test_no_round_begins_that_would_end_too_late() -> None:
     """Rounds of 40 s after a start of 60 s and a warm-up of 10: three end within 210 s, a fourth would not."""
     clock = [0.0]
@@ -140,6 +182,10 @@ def test_the_longest_round_counts_and_the_first_one_always_begins() -> None:
         (AbOptions(rates=(math.nan,)), "--rates must hold positive numbers"),
         (AbOptions(rates=(math.inf,)), "--rates must hold positive numbers"),
         (AbOptions(concurrency=(2, 4, 2)), "--concurrency must name each load once"),
+        (AbOptions(adapters=(0, -1)), "--adapters must hold no negative numbers"),
+        (AbOptions(ranks=(8, 8)), "--ranks must name each load once"),
+        (AbOptions(adapters=(0,), ranks=(8,)), "--ranks and --adapters are varied one at a time"),
+        (AbOptions(adapters=(0, 3)), "--adapters takes the first 3 of --lora-modules, which names 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: AbOptions, said: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from specserve.bench.adapter_loads import ranks_of
 from specserve.bench.defaults import default_trace, plan_for
 from specserve.bench.engines import complete_command, engine_of, model_of
 from specserve.bench.options import TraceOptions
@@ -172,6 +173,20 @@ def test_the_demo_has_prompts_of_its_own_and_answers_are_greedy() -> None:
     assert default_trace(TraceOptions(input_len=9), demo).dataset_name == "random"
     others = [*demo, parse_variant("C", "specserve serve other/model", "demo")]
     assert default_trace(TraceOptions(temperature=0.5), others) == TraceOptions(temperature=0.5)
+
+
+def test_ranks_are_those_of_the_folders_that_commands_name(tmp_path: Path) -> None:
+    for name, config in {"a": '{"r": 8}', "b": '{"r": 64}', "broken": "{}"}.items():
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "adapter_config.json").write_text(config)
+    (tmp_path / "all" / "notes.txt").touch()
+    words = ("vllm", "serve", "m", "--lora-modules", f"x={tmp_path}/all/a", f"y={tmp_path}/all/b", "z=/nowhere")
+    one = Variant("A", "", command=words)
+    other = parse_variant("B", f"--lora-dir {tmp_path}/all --lora=c={tmp_path}/all/b", "other")
+    assert ranks_of([one]) == {"x": 8, "y": 64}
+    assert ranks_of([other]) == {"a": 8, "b": 64, "c": 64}
+    assert ranks_of([parse_variant("C", "", "demo")]) == {"docs": 12, "javascript": 16, "sql": 8}
+    assert ranks_of([parse_variant("D", "http://127.0.0.1:1", "demo")]) == {}
 
 
 def test_who_takes_no_token_ids_is_asked_in_texts_and_so_are_all() -> None:

@@ -251,12 +251,17 @@ def test_overhead_is_over_the_fewest_adapters(fake: Fakes) -> None:
     comparison = Comparison(
         [VariantInfo("A", ""), VariantInfo("B", "")], [run for cell, cost in cells.items() for run in runs(*cell, cost)]
     )
-    found = dict(lines(comparison, "adapters"))
+    found = {line.name: line.points for line in lines(comparison, "adapters")}
+    for line in lines(comparison, "adapters"):  # both rounds are alike
+        assert np.asarray(line.rounds) == pytest.approx(np.asarray([line.points] * 2))
     assert list(found) == ["A, rank 8", "A, rank 64", "B, rank 8", "B, rank 64"]
     for variant in "AB":
         assert found[f"{variant}, rank 8"] == [(0.0, 1.0), (4.0, pytest.approx(1.1))]
         assert found[f"{variant}, rank 64"] == [(0.0, 1.0), (4.0, pytest.approx(1.5))]
     assert {"overhead-adapters", "overhead-rank"} < set(drawn(comparison))
+    short = msgspec.structs.replace(comparison, runs=comparison.runs[:-1])  # of the last round a load is missing
+    assert [len(line.rounds) for line in lines(short, "adapters")] == [2, 2, 2, 1]
+    drawn(short)
     (compared,) = comparisons(comparison)
     assert verdict(compared).startswith("B is 1.25× as fast as A at all 4 loads (best: ")
 
