@@ -75,6 +75,7 @@ class AdapterPool:
             room if room is not None and room.shape == shape else None
             for room, shape in zip(behind or [None] * len(a_shapes), a_shapes, strict=True)
         ]
+        self._behind = any(room is not None for room in rooms)
         self._store, self.linears = _allocate(rooms, a_shapes, b_shapes, dtype, device)
         self._slot_factors = [
             SlotFactors(a, b, tuple(width for _, width in spec.parts))
@@ -193,7 +194,7 @@ class AdapterPool:
         assert self.grouped, "slots lie as make_batch reads them"
         return grouped_lora(
             self._slot_factors, self._rank_stride, self.slot_ranks, token_rows, row_slots, row_weights,
-            many=work is AdapterWork.MANY,
+            many=work is AdapterWork.MANY, behind=self._behind,
         )  # fmt: skip
 
     def make_batch(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> LoraBatch | None:

@@ -29,6 +29,7 @@ from specserve.runtime.capture import GraphSet
 from specserve.runtime.step_graphs import Sizes
 from specserve_kernels import dispatch
 from specserve_kernels.attention import paged
+from specserve_kernels.lora import grouped as lora_grouped
 from specserve_kernels.lora import load as lora_load
 from specserve_kernels.lora.grouped import GroupedLora
 from specserve_kernels.tolerances import MODEL
@@ -139,6 +140,7 @@ def test_triton_is_the_reference(
     taken = mock.Mock(wraps=paged.qkv_attention)
     monkeypatch.setattr(attention_layer, "qkv_attention", taken)
     monkeypatch.setattr(storage, "MOST_BEHIND", 100 if scenario.behind else 0)
+    monkeypatch.setattr(lora_grouped, "FEWEST_SPLIT", 1)
     split = mock.create_autospec(GroupedLora.split, side_effect=GroupedLora.split)
     monkeypatch.setattr(GroupedLora, "split", split)
     zoo = build_zoo(scenario.case.family, tmp_path)

@@ -23,6 +23,11 @@ RANKS = [3, 0, 20, 1, 17, 16]  # one slot is empty, one is full
 
 
 @pytest.fixture(autouse=True)
+def few_tokens_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_grouped, "FEWEST_SPLIT", 1)
+
+
+@pytest.fixture(autouse=True)
 def nothing_lies_there() -> Iterator[None]:
     """New memory holds NaN: what was not written must not be read."""
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -39,7 +44,7 @@ class Mix(NamedTuple):
     slot_ranks: Tensor
 
     def lora(self, linears: list[SlotFactors], max_rank: int = MAX_RANK) -> GroupedLora:
-        return grouped_lora(linears, max_rank, self.slot_ranks, *self[:3])
+        return grouped_lora(linears, max_rank, self.slot_ranks, *self[:3], behind=True)
 
 
 def mixed(tokens: int, device: torch.device, seed: int = 0) -> Mix:

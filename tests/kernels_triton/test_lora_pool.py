@@ -12,6 +12,7 @@ from specserve_adapters import pool as pool_module
 from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, unpack, write_places
 from specserve_adapters.pool import AdapterPool, AdapterWork
 from specserve_adapters.spec import LinearSpec, ModuleKey
+from specserve_kernels.lora import grouped as lora_grouped
 from specserve_kernels.lora import load as lora_load
 from specserve_kernels.lora.load import load_slot_ref, load_slot_triton
 
@@ -118,6 +119,7 @@ def test_slots_behind_the_weights_come_with_the_product(
     """A slot is loaded into its linears' own memory, where there is room for all, and the product reads it there."""
     monkeypatch.setattr(storage_module, "runs_triton", lambda _: True)
     monkeypatch.setattr(storage_module, "MOST_BEHIND", 10)
+    monkeypatch.setattr(lora_grouped, "FEWEST_SPLIT", 1)
     dtype, slots = torch.float32, 3
     rows = [slots * len(spec.parts) * RANK_BLOCK for spec in SPECS]
     storages = [
@@ -154,6 +156,7 @@ def test_memory_for_other_slots_is_not_taken(device: torch.device, monkeypatch: 
     """A storage has room for three slots; the pool has two, in memory of its own, and the product leaves them alone."""
     monkeypatch.setattr(storage_module, "runs_triton", lambda _: True)
     monkeypatch.setattr(storage_module, "MOST_BEHIND", 10)
+    monkeypatch.setattr(lora_grouped, "FEWEST_SPLIT", 1)
     storage = DenseStorage(8, (12,), bias=False, dtype=torch.float32, device=device, adapter_rows=3 * RANK_BLOCK)
     pool = AdapterPool(SPECS[1:], 2, 5, torch.float32, device, [storage.behind])
     one = torch.zeros(1, dtype=torch.int64, device=device)

@@ -29,29 +29,41 @@ MAX_PARTS = 4
 
 
 @triton.jit
-def load_s(s, token_slots, token_weights, blocks, count, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
+def load_weights(weights, blocks, count, done, tile, most, TILE: tl.constexpr, RANKS: tl.constexpr, S: tl.constexpr):
+    """What the tile's tokens weigh the ranks from block `done` on with, where that is not in s: [TILE, RANKS], or
+    [TILE, 1] of a single block."""
+    if S == "behind":
+        token = tile * TILE + tl.arange(0, TILE)[:, None]
+        block = done if RANKS == 16 else done + tl.arange(0, RANKS)[None, :] // 16
+        return tl.load(weights + token * most + block, mask=block < count, other=0.0)
+    else:
+        return 1.0
+
+
+@triton.jit
+def load_s(s, token_slots, weight, blocks, count, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
            TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """s [TILE, RANKS] of the tile's tokens from block `done` on, zeros where a token does not have a rank."""
     lane, row = tl.arange(0, RANKS)[None, :], tl.arange(0, TILE)[:, None]
     if S == "dense":
         at = s + ((tile * PARTS + part) * TILE + row) * s_stride + done * 16 + lane
         return tl.load(at, mask=(row >= 0) & (done < count), other=0.0)  # nothing was written of a tile without blocks
-    else:
+    elif S == "compact":
         block, token = done + lane // 16, tile * TILE + row
         code = tl.load(blocks + block, mask=block < count, other=-131072)  # of slot -2, which nobody has
-        begin, weight = token * 0 - 1, tl.zeros([TILE, RANKS], tl.float32)
+        begin = token * 0 - 1
         for m in tl.static_range(M):
             hit = tl.load(token_slots + token * M + m) == (code >> 16)
             begin = tl.where(hit, (token * M + m) * PARTS + part, begin)
-            if S == "behind":
-                weight = tl.where(hit, tl.load(token_weights + token * M + m), weight)
-        rank = ((code >> 8) & 255) * 16 + lane % 16
-        if S == "compact":
-            return tl.load(s + begin * rank_stride + rank, mask=begin >= 0, other=0.0)
-        else:
-            own = (begin >= 0) & (lane % 16 < (code & 255))  # a token has s of all slots
-            at = token.to(tl.int64) * s_stride + ((code >> 16) * PARTS + part) * rank_stride + rank
-            return (tl.load(s + at, mask=own, other=0.0).to(tl.float32) * weight).to(s.dtype.element_ty)
+        at = begin * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
+        return tl.load(s + at, mask=begin >= 0, other=0.0)
+    else:
+        block, token = done if RANKS == 16 else done + lane // 16, tile * TILE + row
+        code = tl.load(blocks + block, mask=block < count, other=0)
+        first = ((code >> 16) * PARTS + part) * rank_stride + ((code >> 8) & 255) * 16
+        own = (weight != 0.0) & (lane % 16 < (code & 255))  # others' ranks may be infinite, and so is what lies behind
+        shrunk = tl.load(s + token.to(tl.int64) * s_stride + first + lane % 16, mask=own, other=0.0)
+        return (shrunk.to(tl.float32) * weight).to(s.dtype.element_ty)
 
 
 @triton.jit
@@ -65,15 +77,17 @@ def load_b(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS:
 
 
 @triton.jit
-def s_by_b(shrunk, factors, s, b, token_slots, token_weights, blocks, count, tile, part, column, inside, rank_stride,
-           s_stride, b_stride, M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
-           WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def s_by_b(shrunk, factors, s, b, token_slots, weights, blocks, count, tile, part, column, inside, most,
+           rank_stride, s_stride, b_stride, M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+           RANKS: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
     """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first RANKS ranks. A tile with more has
     many, of decodes among a prompt's: these are taken WIDE at a time."""
     total = tl.dot(shrunk, factors, input_precision=PRECISION)
     for done in tl.range(RANKS // 16, count, WIDE // 16, num_stages=3 if S == "dense" else 1):
-        more = load_s(s, token_slots, token_weights, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE,
-                      PARTS, WIDE, S)  # fmt: skip
+        weight = load_weights(weights, blocks, count, done, tile, most, TILE, WIDE, S)
+        more = load_s(s, token_slots, weight, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE, PARTS,
+                      WIDE, S)  # fmt: skip
         more_factors = load_b(b, blocks, count, done, column, inside, rank_stride, b_stride, WIDE, FACTOR)
         total = tl.dot(more, more_factors, total, input_precision=PRECISION)
     return total
@@ -95,7 +109,7 @@ def _part_of_block(block, w0, w1, w2, w3, COLUMNS: tl.constexpr):
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"])
 def add_kernel(
-    y, product, b, s, token_slots, token_weights, counts, blocks,
+    y, product, b, s, token_slots, weights, counts, blocks,
     w0, w1, w2, w3, num_tokens, most, rank_stride, s_stride, b_stride, y_stride, product_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
     LOOPS: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -108,6 +122,7 @@ def add_kernel(
     c = first + tl.arange(0, COLUMNS)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     factors = load_b(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
+    weight = load_weights(weights, blocks, count, 0, tile, most, TILE, RANKS, S)
     wait(PDL)
     if (count == 0) & (product is None):
         return
@@ -116,7 +131,7 @@ def add_kernel(
     if product is not None:
         more_at = product + (token * product_stride + start + c)
         base = base.to(tl.float32) + tl.load(more_at, mask=inside, other=0.0).to(tl.float32)
-    shrunk = load_s(s, token_slots, token_weights, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS,
+    shrunk = load_s(s, token_slots, weight, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS,
                     RANKS, S)  # fmt: skip
     for loop in range(LOOPS):
         # What the next columns need is on its way while these are computed.
@@ -128,8 +143,8 @@ def add_kernel(
             next_base = next_base.to(tl.float32) + tl.load(more_at, mask=next_inside, other=0.0).to(tl.float32)
         next_factors = load_b(b, blocks, count, 0, start + next_c, (next_c < width) & (loop + 1 < LOOPS),
                               rank_stride, b_stride, RANKS, FACTOR)  # fmt: skip
-        delta = s_by_b(shrunk, factors, s, b, token_slots, token_weights, blocks, count, tile, part, start + c,
-                       c < width, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
+        delta = s_by_b(shrunk, factors, s, b, token_slots, weights, blocks, count, tile, part, start + c,
+                       c < width, most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
                        PRECISION)  # fmt: skip
         tl.store(at, (base.to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
         at, c, inside, base, factors = at + COLUMNS, next_c, next_inside, next_base, next_factors
@@ -138,7 +153,7 @@ def add_kernel(
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"])
 def silu_kernel(
-    y, b, s, out, token_slots, token_weights, counts, blocks,
+    y, b, s, out, token_slots, weights, counts, blocks,
     size, num_tokens, most, rank_stride, s_stride, b_stride, y_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
     LOOPS: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -151,12 +166,13 @@ def silu_kernel(
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     gates = load_b(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
     ups = load_b(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
+    weight = load_weights(weights, blocks, count, 0, tile, most, TILE, RANKS, S)
     wait(PDL)
     row, inside = y + token.to(tl.int64) * y_stride, (token < num_tokens) & (c < size)
     gate, up = tl.load(row + c, mask=inside, other=0.0), tl.load(row + size + c, mask=inside, other=0.0)
-    to_gate = load_s(s, token_slots, token_weights, blocks, count, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS,
+    to_gate = load_s(s, token_slots, weight, blocks, count, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS,
                      RANKS, S)  # fmt: skip
-    to_up = load_s(s, token_slots, token_weights, blocks, count, 0, tile, PARTS - 1, rank_stride, s_stride, M, TILE,
+    to_up = load_s(s, token_slots, weight, blocks, count, 0, tile, PARTS - 1, rank_stride, s_stride, M, TILE,
                    PARTS, RANKS, S)  # fmt: skip
     for loop in range(LOOPS):
         next_c = c + COLUMNS
@@ -166,11 +182,13 @@ def silu_kernel(
         next_up = tl.load(row + size + next_c, mask=next_inside, other=0.0)
         next_gates = load_b(b, blocks, count, 0, next_c, more, rank_stride, b_stride, RANKS, FACTOR)
         next_ups = load_b(b, blocks, count, 0, size + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
-        delta = s_by_b(to_gate, gates, s, b, token_slots, token_weights, blocks, count, tile, 0, c, c < size,
-                       rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR, PRECISION)  # fmt: skip
+        delta = s_by_b(to_gate, gates, s, b, token_slots, weights, blocks, count, tile, 0, c, c < size,
+                       most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
+                       PRECISION)  # fmt: skip
         x = gate.to(tl.float32) + delta
-        delta = s_by_b(to_up, ups, s, b, token_slots, token_weights, blocks, count, tile, PARTS - 1, size + c, c < size,
-                       rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR, PRECISION)  # fmt: skip
+        delta = s_by_b(to_up, ups, s, b, token_slots, weights, blocks, count, tile, PARTS - 1, size + c, c < size,
+                       most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
+                       PRECISION)  # fmt: skip
         result = gated(x, up.to(tl.float32) + delta).to(out.dtype.element_ty)
         tl.store(out + token.to(tl.int64) * size + c, result, mask=inside)
         c, inside, gate, up, gates, ups = next_c, next_inside, next_gate, next_up, next_gates, next_ups
@@ -179,7 +197,7 @@ def silu_kernel(
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "most"], do_not_specialize_on_alignment=["slot_ptr"])
 def rotate_kernel(
-    y, b, s, token_slots, token_weights, counts, blocks, cos_ptr, sin_ptr, weight_ptr, eps_ptr, slot_ptr,
+    y, b, s, token_slots, weights, counts, blocks, cos_ptr, sin_ptr, norm_ptr, eps_ptr, slot_ptr,
     q_ptr, k_ptr, v_ptr, w0, w1, w2, num_tokens, most, rank_stride, s_stride, b_stride, y_stride, k_stride, v_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
@@ -198,9 +216,10 @@ def rotate_kernel(
     at, row = head * DIM + column, y + token.to(tl.int64) * y_stride
     lows = load_b(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
     highs = load_b(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
+    weight = load_weights(weights, blocks, count, 0, tile, most, TILE, RANKS, S)
     wait(PDL)
     low, high = tl.load(row + at, mask=inside, other=0.0), tl.load(row + at + HALF, mask=inside, other=0.0)
-    shrunk = load_s(s, token_slots, token_weights, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS,
+    shrunk = load_s(s, token_slots, weight, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS,
                     RANKS, S)  # fmt: skip
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=0)
     cos, sin = load_angles(cos_ptr, sin_ptr, token.to(tl.int64), column, inside & is_rotated, DIM)
@@ -211,16 +230,17 @@ def rotate_kernel(
         next_high = tl.load(row + next_at + HALF, mask=inside & more, other=0.0)
         next_lows = load_b(b, blocks, count, 0, next_at, more, rank_stride, b_stride, RANKS, FACTOR)
         next_highs = load_b(b, blocks, count, 0, next_at + HALF, more, rank_stride, b_stride, RANKS, FACTOR)
-        delta = s_by_b(shrunk, lows, s, b, token_slots, token_weights, blocks, count, tile, part, at, half, rank_stride,
+        delta = s_by_b(shrunk, lows, s, b, token_slots, weights, blocks, count, tile, part, at, half, most, rank_stride,
                        s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR, PRECISION)  # fmt: skip
         first = low.to(tl.float32) + delta
-        delta = s_by_b(shrunk, highs, s, b, token_slots, token_weights, blocks, count, tile, part, at + HALF, half,
-                       rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR, PRECISION)  # fmt: skip
+        delta = s_by_b(shrunk, highs, s, b, token_slots, weights, blocks, count, tile, part, at + HALF, half,
+                       most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
+                       PRECISION)  # fmt: skip
         second = high.to(tl.float32) + delta
         is_rotated = head < HEADS + KV_HEADS
-        weight_low, weight_high, eps = load_head_weights(weight_ptr, eps_ptr, at, half & is_rotated, HALF)
+        weight_low, weight_high, eps = load_head_weights(norm_ptr, eps_ptr, at, half & is_rotated, HALF)
         first, second = rotated(
-            first, second, is_rotated, weight_low, weight_high, eps, cos, sin, DIM, weight_ptr is not None, FINITE
+            first, second, is_rotated, weight_low, weight_high, eps, cos, sin, DIM, norm_ptr is not None, FINITE
         )
         store_heads(q_ptr, k_ptr, v_ptr, k_stride, v_stride, first, second, token.to(tl.int64), head, column, slot,
                     inside, HEADS, KV_HEADS, DIM)  # fmt: skip

@@ -26,12 +26,14 @@ from specserve_kernels.language import cdiv, power_of_2, tl
 from specserve_kernels.lora.expand import MAX_PARTS, add_kernel, rotate_kernel, silu_kernel
 from specserve_kernels.lora.folded import MOST_FOLDED, Folded
 from specserve_kernels.lora.shrink import arrivals_of, shrink, shrink_cut
-from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, lora_tiles
+from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, block_weights, lora_tiles
 from specserve_kernels.overlap import overlaps
 from specserve_kernels.qkv import HeadWeights
 
 _FACTORS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
 _SOME_TOKENS = 1024
+FEWEST_SPLIT = MOST_FOLDED + 1
+"""Tokens from which on products give s along with their output. Fewer are folded, or read A alone faster."""
 _PRECISIONS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "ieee"}
 
 
@@ -91,6 +93,7 @@ class Shrunk:
     num_tokens: int
     dtype: torch.dtype
     many: bool  # rank blocks are expected, as Folded says
+    weights: Tensor | None = None  # of s that lies behind: see block_weights
 
     def add_to(self, y: Tensor, product: Tensor | None = None) -> None:
         """y [T, out_features] += Δ, in place, and `product` of the same shape if it is given."""
@@ -101,7 +104,7 @@ class Shrunk:
         tiles, widths = self.tiles, (*self.widths, 0, 0, 0)[:MAX_PARTS]
         blocks = sum([-(-width // (columns * loops)) for width in self.widths])
         add_kernel[(blocks, tiles.blocks.shape[0])](
-            y, product, self.b, self.s, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
+            y, product, self.b, self.s, tiles.token_slots, self.weights, tiles.counts, tiles.blocks,
             *widths, self.num_tokens, tiles.blocks.shape[1], self.rank_stride, self.s.stride(-2),
             self.b.shape[1], y.stride(0), 0 if product is None else product.stride(0), **constants,
         )  # fmt: skip
@@ -118,7 +121,7 @@ class Shrunk:
         columns, loops, constants = _column_constants(self._traits(overlaps(gate_up)))
         tiles = self.tiles
         silu_kernel[(-(-size // (columns * loops)), tiles.blocks.shape[0])](
-            gate_up, self.b, self.s, out, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
+            gate_up, self.b, self.s, out, tiles.token_slots, self.weights, tiles.counts, tiles.blocks,
             size, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.stride(-2), self.b.shape[1],
             gate_up.stride(0), **constants,
         )  # fmt: skip
@@ -137,7 +140,7 @@ class Shrunk:
         tiles, widths = self.tiles, (*self.widths, 0, 0)[:3]
         weight, eps = norm or (None, None)
         rotate_kernel[((heads + 2 * kv_heads) // loops, tiles.blocks.shape[0])](
-            qkv, self.b, self.s, tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks,
+            qkv, self.b, self.s, tiles.token_slots, self.weights, tiles.counts, tiles.blocks,
             cos, sin, weight, eps, slot_mapping, q, k_cache, v_cache,
             *widths, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.stride(-2),
             self.b.shape[1], qkv.stride(0), k_cache.stride(0), v_cache.stride(0), FINITE=finite, **constants,
@@ -212,6 +215,7 @@ class GroupedLora:
     many: bool  # rank blocks are expected, as Folded says
     counters: Tensor  # zeros: `ready` of each linear for `fold`, then the arrivals of either
     whole: LoraTiles | None  # all tokens in one tile, where they are few
+    weights: Tensor | None = None  # of the tiles' blocks, where products may give s along with their output
 
     @property
     def foldable(self) -> bool:
@@ -238,10 +242,16 @@ class GroupedLora:
         s = shrink(x, a, self.rank_stride, tiles, self.counters[len(self.linears) :], cut)
         return self._shrunk(linear_index, s, "dense" if cut.dense else "compact")
 
+    @property
+    def splits(self) -> bool:
+        """Whether `split` is for these tokens: so many that most of their time is a product's."""
+        return self.weights is not None
+
     def split(self, linear_index: int, y: Tensor) -> tuple[Tensor, Shrunk]:
         """y [T, out_features + S * P * R], of a product whose weights have `a` of linear `linear_index` behind them:
         the output [T, out_features], rows apart, and the first half of its adapters."""
         a, b, _ = self.linears[linear_index]
+        assert self.splits, self.num_tokens
         assert y.shape == (self.num_tokens, b.shape[1] + a.shape[0]) and y.dtype == a.dtype, (y.shape, y.dtype, a.dtype)
         output, s = y.split_with_sizes((b.shape[1], a.shape[0]), 1)
         return output, self._shrunk(linear_index, s, "behind")
@@ -249,17 +259,19 @@ class GroupedLora:
     def _shrunk(self, linear_index: int, s: Tensor, lies: str) -> Shrunk:
         a, b, widths = self.linears[linear_index]
         return Shrunk(
-            s, lies, len(widths), self.rank_stride, b, widths, self.tiles, self.num_tokens, a.dtype, self.many
-        )
+            s, lies, len(widths), self.rank_stride, b, widths, self.tiles, self.num_tokens, a.dtype, self.many,
+            self.weights if lies == "behind" else None,
+        )  # fmt: skip
 
 
 def grouped_lora(
     linears: Sequence[SlotFactors], max_rank: int, slot_ranks: Tensor,
-    token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, *, many: bool = False,
+    token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, *, many: bool = False, behind: bool = False,
 ) -> GroupedLora:  # fmt: skip
     """What T = len(token_rows) tokens use: part of every forward, inside the captured graph.
 
-    slot_ranks [S] int64, 0 for an empty slot, none above max_rank; the others as in `lora_tiles`.
+    slot_ranks [S] int64, 0 for an empty slot, none above max_rank; the others as in `lora_tiles`. `behind`: some linear
+    has its A behind its weights.
     """
     inputs, num_tokens = (token_rows, row_slots, row_weights, slot_ranks, max_rank), token_rows.shape[0]
     tiles = lora_tiles(*inputs)
@@ -269,4 +281,5 @@ def grouped_lora(
     arrivals = max(arrivals_of(t.blocks.shape[0], MAX_PARTS, t.blocks.shape[1]) for t in (tiles, whole or tiles))
     counters = tiles.blocks.new_zeros(len(linears) + arrivals)
     stride = cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK
-    return GroupedLora(linears, stride, tiles, num_tokens, many, counters, whole)
+    weights = block_weights(tiles) if behind and num_tokens >= FEWEST_SPLIT else None
+    return GroupedLora(linears, stride, tiles, num_tokens, many, counters, whole, weights)

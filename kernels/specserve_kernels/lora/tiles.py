@@ -74,6 +74,35 @@ def lora_tiles(
     return LoraTiles(tile, token_slots, token_weights, counts, blocks)
 
 
+def block_weights(tiles: LoraTiles) -> Tensor:
+    """What each token weighs its tile's blocks with: [N * tile, most] float32, 0 where it does not use them, and not to
+    be read behind counts[t]. One launch, as `lora_tiles`."""
+    num_tiles, most = tiles.blocks.shape
+    weights = tiles.token_weights.new_empty(num_tiles * tiles.tile, most)
+    _weights_kernel[(num_tiles, cdiv(most, 16))](
+        tiles.token_slots, tiles.token_weights, tiles.counts, tiles.blocks, weights, most,
+        M=tiles.token_slots.shape[1], TILE=tiles.tile, num_warps=4,
+    )  # fmt: skip
+    return weights
+
+
+@relaunched
+@triton.jit(do_not_specialize=["most"])
+def _weights_kernel(
+    token_slots, token_weights, counts, blocks, weights, most, M: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Sixteen blocks of a tile a program."""
+    tile, block = tl.program_id(0), tl.program_id(1) * 16 + tl.arange(0, 16)[None, :]
+    token = tile * TILE + tl.arange(0, TILE)[:, None]
+    inside = block < tl.load(counts + tile)
+    slot = tl.load(blocks + tile * most + block, mask=inside, other=-131072) >> 16  # slot -2: nobody's
+    weight = tl.zeros([TILE, 16], tl.float32)
+    for m in tl.static_range(M):
+        own = tl.load(token_slots + token * M + m) == slot
+        weight = tl.where(own, tl.load(token_weights + token * M + m), weight)
+    tl.store(weights + token * most + block, weight, mask=inside & (token >= 0))
+
+
 @relaunched
 @triton.jit(do_not_specialize=["num_tokens", "num_slots", "most"])
 def _tiles_kernel(
