@@ -17,11 +17,11 @@ from specserve.bench.report.theme import DARK, LIGHT, save_png
 from specserve.core.errors import InvalidRequestError
 
 FOLDER, OUT = Path("benchmarks/results/ab-cpu"), Path("docs/images")
-SHOWN = ("speedup", "throughput")  # pictures by the first word of their names
+SHOWN = ("speedup", "alpha")  # pictures by the first word of their names
 
 
 def draw(folder: Path, out: Path) -> list[Path]:
-    """ab-speedup.png, ab-throughput.png, and both with -dark; of several comparisons the first one's."""
+    """ab-speedup.png, ab-alpha.png, and both with -dark; of several comparisons the first one's."""
     comparison = read_comparison(folder)
     found = comparisons(comparison)
     pictures = {picture.name.split("-")[0]: picture for picture in reversed(pictures_of(comparison, found))}

@@ -58,6 +58,12 @@ def pair(runs: Sequence[RunRecord], a: str, b: str) -> Pairs:
     return Pairs(both, _numbered(rounds), _numbered([one.index for one, _ in both]), blocks, (failed[0], failed[1]))
 
 
+def only(pairs: Pairs, places: Numbers) -> Pairs:
+    """Some of the pairs, without the runs that they are parts of."""
+    both = [pairs.both[place] for place in places.tolist()]
+    return Pairs(both, _numbered(pairs.rounds[places]), _numbered(pairs.requests[places]), [], (0, 0))
+
+
 def _by_round(runs: Sequence[RunRecord], variant: str) -> dict[int, list[RunRecord]]:
     found: dict[int, list[RunRecord]] = {}
     for run in runs:
@@ -70,7 +76,7 @@ def _succeeded(runs: Sequence[RunRecord]) -> dict[int, RequestRecord]:
     return {one.index: one for run in runs for one in run.requests if one.error is None}
 
 
-def _numbered(values: Sequence[int]) -> Numbers:
+def _numbered(values: Sequence[int] | Numbers) -> Numbers:
     return np.unique(np.asarray(values, dtype=np.int64), return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 

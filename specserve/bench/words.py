@@ -8,7 +8,6 @@ from specserve.bench.records import Load
 
 UNITS = {
     "concurrency": "concurrency {}", "rate": "{} requests/s", "adapters": "{} adapters", "rank": "rank {}",
-    "alpha": "α = {}",
 }  # fmt: skip
 LISTED = 3  # loads that are named one by one; of more, the first and the last
 _KINDS = {"mean": "mean", "median": "p50", "p90": "p90", "p99": "p99"}

@@ -18,7 +18,10 @@ pytest.importorskip("matplotlib")
 
 def _request(index: int, pace: float) -> RequestRecord:
     events = [Event(0.1234567 + pace * place, 1) for place in range(4)]
-    return RequestRecord(index, 0.0123456, events, events[-1].time, 3, 4, "one two three four", "length")
+    return RequestRecord(
+        index, 0.0123456, events, events[-1].time, 3, 4, "one two three four", "length",
+        drafted_per_position=[2], accepted_per_position=[index % 3],
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def left(tmp_path: Path) -> Path:
     program = ["/elsewhere/bin/python", "-m", "specserve.cli.main", "serve", f"{ROOT}/specserve/demo/target"]
     infos = [VariantInfo(name, name, [*program, f"--lora=x={ROOT}/some/adapter"], url="http://here:1") for name in "AB"]
     runs = [
-        RunRecord(name, number, {"concurrency": load}, 1.0, [_request(i, pace * (1 + 0.01 * i)) for i in range(6)])
+        RunRecord(name, number, {"concurrency": load}, 1.0, [_request(i, pace * (1 + 0.01 * i)) for i in range(8)])
         for number in range(3) for load in (1, 4) for name, pace in (("A", 0.0200001), ("B", 0.01))
     ]  # fmt: skip
     facts = {"command": ["specserve", "bench", "ab", "--output", "/home/somebody/ab"], "notes": ["log: /home/x/B.log"]}
@@ -78,7 +81,7 @@ def test_readme_pictures_are_drawn_for_both_pages(
 ) -> None:
     out = tmp_path / "images"
     assert main([str(left), "--out", str(out)]) == 0
-    names = ["ab-speedup-dark.png", "ab-speedup.png", "ab-throughput-dark.png", "ab-throughput.png"]
+    names = ["ab-alpha-dark.png", "ab-alpha.png", "ab-speedup-dark.png", "ab-speedup.png"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.iterdir())
     assert len({path.read_bytes() for path in out.iterdir()}) == 4
@@ -89,4 +92,4 @@ def test_nothing_to_draw_from_is_told(left: Path, tmp_path: Path, capsys: pytest
     assert main([str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 1
     (left / RUNS).unlink()
     assert main([str(left), "--out", str(tmp_path)]) == 1
-    assert "has no runs for: speedup, throughput" in capsys.readouterr().out
+    assert "has no runs for: speedup, alpha" in capsys.readouterr().out

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from specserve.bench.compare import comparisons
+from specserve.bench.gains import gains
 from specserve.bench.metrics import Slos, summarise
-from specserve.bench.records import Comparison, RequestRecord, RunRecord, VariantInfo
+from specserve.bench.records import Comparison, Event, RequestRecord, RunRecord, VariantInfo
 from specserve.bench.report.drafts import drafts
 from specserve.bench.report.latencies import latencies
 from specserve.bench.report.overhead import lines
@@ -105,7 +106,7 @@ def test_the_page_says_at_once_who_wins(report: tuple[Path, str]) -> None:
     assert page.text.index(verdicts[0]) < page.text.index("E2EL mean") < page.text.index("Pictures")
     assert re.search(r"<h1>B is [^(]*<small>\(95 %: [^<]*\)</small>", text)
     assert page.text.index("ITL: from one event") < page.text.index("Pictures")  # drafts were accepted
-    assert page.tags.count("figure") == 5
+    assert page.tags.count("figure") == 6
     assert "the first 100.0% of a text" not in page.text
     assert "answers of A and B are the same text (100.0%)" in page.text
 
@@ -126,7 +127,7 @@ def test_colours_of_pictures_follow_the_page(report: tuple[Path, str]) -> None:
 
 def test_both_themes_are_written(report: tuple[Path, str]) -> None:
     folder, _ = report
-    names = ["speedup-b", "throughput", "latencies", "acceptance-position", "acceptance-adapter"]
+    names = ["speedup-b", "throughput", "alpha-b", "latencies", "acceptance-position", "acceptance-adapter"]
     assert sorted(path.name for path in folder.glob("*.png")) == sorted(
         f"{name}{ending}.png" for name in names for ending in ("", "-dark")
     )
@@ -138,7 +139,7 @@ def test_a_phone_gets_pictures_of_its_width(report: tuple[Path, str]) -> None:
     wide = re.findall(
         r'<figure class="wide"><div class="broad">(.*?)</div><div class="narrow">(.*?)</div>', text, re.DOTALL
     )
-    assert len(wide) == text.count('<figure class="wide">') == 3
+    assert len(wide) == text.count('<figure class="wide">') == 4
     assert all(width(narrow) <= NARROW * 72 < width(broad) for broad, narrow in wide)
     assert all(
         width(svg) <= 5 * 72 for svg in re.findall(r"<figure>(<svg.*?</svg>)", text, re.DOTALL)
@@ -171,9 +172,10 @@ def test_rows_hold_all_that_was_found_out(report: tuple[Path, str]) -> None:
     kinds = [row["kind"] for row in rows(folder)]
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
     assert counts.pop("ratio") == 3 * (16 + 4)
+    assert counts.pop("by_acceptance") == 3 * 4
     assert counts == {"facts": 1, "summary": 6, "acceptance": 3, "break_even": 1, "equality": 1, "verdict": 1}
     for row in rows(folder):
-        if row["kind"] == "ratio" and row["low"] is not None:
+        if row["kind"] in ("ratio", "by_acceptance") and row["low"] is not None:
             assert row["low"] <= row["speedup"] <= row["high"]
 
 
@@ -266,11 +268,38 @@ def test_overhead_is_over_the_fewest_adapters(fake: Fakes) -> None:
     assert verdict(compared).startswith("B is 1.25× as fast as A at all 4 loads (best: ")
 
 
+@pytest.mark.parametrize("drafter", ["A", "B"])
+def test_speedup_by_acceptance_is_of_requests_of_like_acceptance(fake: Fakes, drafter: str) -> None:
+    """With 1, 2, 3 and 4 of 4 drafts accepted a token takes that much less time; of a fifth nothing is drafted."""
+    gain = {1: 0.9, 2: 1.1, 3: 1.5, 4: 2.0}
+
+    def told(record: RequestRecord) -> RequestRecord:
+        accepted = record.index % 5
+        if not accepted:
+            return record
+        events = [Event(1 + (event.time - 1) / gain[accepted], event.tokens) for event in record.events]
+        counts = {"drafted_per_position": [2, 2], "accepted_per_position": [accepted // 2, accepted - accepted // 2]}
+        return msgspec.structs.replace(record, events=events, **counts)
+
+    quiet = {"drift": 0.0, "block": 0.0, "request": 0.0, "noise": 0.0, "speedup": 1.0, "requests": 40}
+    runs = fake(**quiet).runs(11)
+    drafted = {id(run): [told(record) for record in run.requests] for run in runs if run.variant == drafter}
+    runs = [msgspec.structs.replace(run, requests=drafted.get(id(run), run.requests)) for run in runs]
+    found = gains(runs, "A", "B")
+    assert found.drafter == drafter
+    ((load, points),) = found.lines
+    assert load == {"concurrency": 8}
+    assert [alpha for alpha, _ in points] == [0.25, 0.5, 0.75, 1.0]
+    expected = [value if drafter == "B" else 1 / value for value in gain.values()]
+    assert [ratio.speedup for _, ratio in points] == pytest.approx(expected)
+    assert gains([run for run in runs if run.round == 0 and run.variant != drafter], "A", "B").lines == []
+
+
 def test_only_what_there_is_is_drawn(fake: Fakes) -> None:
     assert set(drawn(fake().comparison(6))) == {"speedup-b", "latencies"}
     assert set(drawn(fake().comparison(6, LOADS))) == {"speedup-b", "latencies", "throughput"}
     assert set(drawn(with_drafts(fake().comparison(6)))) == {
-        "speedup-b", "latencies", "acceptance-position", "acceptance-adapter",
+        "speedup-b", "latencies", "alpha-b", "acceptance-position", "acceptance-adapter",
     }  # fmt: skip
     (picture,) = latencies(fake().comparison(6))
     assert len(picture.draw(DARK).axes) == 4
@@ -297,10 +326,10 @@ def test_runs_whose_requests_all_failed_make_a_report(fake: Fakes, tmp_path: Pat
 
 
 def test_many_loads_get_a_small_table_first(fake: Fakes, tmp_path: Path) -> None:
-    loads = [{"concurrency": number, "alpha": alpha} for number in (1, 4, 16, 64) for alpha in (0.3, 0.6, 0.9)]
+    loads = [{"concurrency": number, "rank": rank} for number in (1, 4, 16, 64) for rank in (0, 8, 64)]
     written = write_report(fake(rounds=3, requests=10).comparison(9, loads), tmp_path)
     text = Page(written.html.read_text()).text
-    assert text.index("α = 0.9") < text.index("Every metric at every load") < text.index("TTFT p50")
+    assert text.index("rank 64") < text.index("Every metric at every load") < text.index("TTFT p50")
 
 
 def test_without_matplotlib_the_report_says_what_to_install(

@@ -12,7 +12,6 @@ from specserve.bench.records import Load
 
 AXES = {
     "concurrency": "requests at a time", "rate": "requests/s sent", "adapters": "adapters", "rank": "rank of adapters",
-    "alpha": "α, the share of drafts that are accepted",
 }  # fmt: skip
 """What may be varied; the first that was is the horizontal axis."""
 DOUBLING = 4  # a factor between least and most, above which the axis is logarithmic

@@ -9,6 +9,7 @@ import msgspec
 
 from specserve.bench.acceptance import by_adapter
 from specserve.bench.compare import Compared
+from specserve.bench.gains import gains
 from specserve.bench.metrics import Slos, summarise
 from specserve.bench.pairs import by_load
 from specserve.bench.records import Comparison
@@ -30,7 +31,18 @@ def rows(comparison: Comparison, found: Sequence[Compared], slos: Slos | None = 
             counts = {"drafted": one.drafted, "accepted": one.accepted}
             yield {"kind": "acceptance", "variant": info.variant, "adapter": adapter, **counts}
     for compared in found:
+        yield from _gains(comparison, compared)
         yield from _compared(compared)
+
+
+def _gains(comparison: Comparison, compared: Compared) -> Iterator[Row]:
+    a, b = compared.a.variant, compared.b.variant
+    drafter, lines = gains(comparison.runs, a, b, compared.confidence)
+    for load, points in lines:
+        for alpha, ratio in points:
+            low, high = ratio.bounds or (None, None)
+            about = {"a": a, "b": b, "load": load, "drafter": drafter, "alpha": alpha, "metric": ratio.metric}
+            yield {"kind": "by_acceptance", **about, "speedup": ratio.speedup, "low": low, "high": high}
 
 
 def _compared(compared: Compared) -> Iterator[Row]:

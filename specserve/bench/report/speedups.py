@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter
 
 from specserve.bench.compare import Compared, along
 from specserve.bench.report.axis import load_axis, main_axis
+from specserve.bench.report.bounds import draw_points, halves, name_points
 from specserve.bench.report.tables import SHOWN
-from specserve.bench.report.theme import MARKERS, NARROW, Palette, Picture, canvas, legend
+from specserve.bench.report.theme import MARKERS, NARROW, Palette, Picture, canvas, file_part, legend
 from specserve.bench.stats import Ratio
 from specserve.bench.verdict import outcome
 from specserve.bench.words import load_name, metric_name, number
-
-WIDE = 4  # the greatest over the least, from which on the axis is logarithmic
 
 
 def speedups(compared: Compared, place: int) -> list[Picture]:
@@ -41,11 +38,12 @@ def _over_load(compared: Compared, axis: str, place: int) -> list[Picture]:
         axes.axhline(1.0, color=palette.ink, linewidth=1.1, zorder=1.5)
         for (name, group), colour, marker in zip(groups, palette.series[first:], MARKERS[first:], strict=False):
             points = [(float(at.load[axis]), at.headline) for at in group if at.headline is not None]
-            _points(axes, points, {"color": colour, "marker": marker, "label": name})
+            draw_points(axes, points, {"color": colour, "marker": marker, "label": name})
             if len(groups) == 1:
-                _name(axes, palette, points)
+                name_points(axes, palette, points)
         load_axis(axes, axis, [float(at.load[axis]) for at in known])
-        _halves(axes, palette, a, b, [at.headline for at in known if at.headline is not None])
+        ratios = [at.headline for at in known if at.headline is not None]
+        halves(axes, palette, (a, b), ratios, _between(axes))
         for others, one in compared.break_evens:
             if one.axis == axis and one.load is not None and not others:
                 axes.axvline(one.load, color=palette.muted, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
@@ -58,7 +56,7 @@ def _over_load(compared: Compared, axis: str, place: int) -> list[Picture]:
         return figure
 
     caption = f"Mean E2EL of {a} over that of {b}, with {100 * compared.confidence:g} % bounds."
-    return [Picture(_file(compared), title, caption, draw, wide=True)]
+    return [Picture(f"speedup-{file_part(compared.b.variant)}", title, caption, draw, wide=True)]
 
 
 def _by_metric(compared: Compared) -> list[Picture]:
@@ -83,20 +81,7 @@ def _by_metric(compared: Compared) -> list[Picture]:
         return figure
 
     caption = f"With {100 * compared.confidence:g} % bounds; hollow marks: too few requests for bounds."
-    return [Picture(_file(compared), title, caption, draw, wide=True)]
-
-
-def _file(compared: Compared) -> str:
-    return "speedup-" + "".join(letter if letter.isalnum() else "-" for letter in compared.b.variant.lower())
-
-
-def _points(axes: Axes, points: Sequence[tuple[float, Ratio]], look: dict[str, str]) -> None:
-    loads, values = zip(*((load, ratio.speedup) for load, ratio in points), strict=True)
-    bounded = [(load, ratio.speedup, ratio.bounds) for load, ratio in points if ratio.bounds is not None]
-    for load, value, (low, high) in bounded:
-        reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
-        axes.errorbar([load], [value], yerr=reach, color=look["color"], elinewidth=1.6, capsize=3.5, linestyle="none")
-    axes.plot(loads, values, **look, markersize=6.5, linewidth=2.0)  # type: ignore[arg-type]
+    return [Picture(f"speedup-{file_part(compared.b.variant)}", title, caption, draw, wide=True)]
 
 
 def _bar(axes: Axes, palette: Palette, place: int, ratio: Ratio) -> None:
@@ -110,35 +95,6 @@ def _bar(axes: Axes, palette: Palette, place: int, ratio: Ratio) -> None:
         f"{ratio.speedup:.2f}×", (end, place), (9, 0), textcoords="offset points", va="center", color=palette.ink,
         fontsize=8.5,
     )  # fmt: skip
-
-
-def _name(axes: Axes, palette: Palette, points: Sequence[tuple[float, Ratio]]) -> None:
-    for load, ratio in points:
-        place = (load, ratio.bounds[1] if ratio.bounds else ratio.speedup)
-        axes.annotate(
-            f"{ratio.speedup:.2f}×", place, (0, 4), textcoords="offset points", ha="center", color=palette.ink,
-            fontsize=8.5, fontweight="bold",
-        )  # fmt: skip
-
-
-def _halves(axes: Axes, palette: Palette, a: str, b: str, ratios: Sequence[Ratio]) -> None:
-    """Which side of 1 is whose; the axis always has room for both, and above for a number below the name."""
-    ends = [end for ratio in ratios for end in (ratio.speedup, *(ratio.bounds or ()))]
-    low, high = min(0.9, *ends), max(1.1, *ends)
-    if high > WIDE * low:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        low, high = low * (low / high) ** 0.06, high * (high / low) ** 0.16
-    else:
-        low, high = low - 0.06 * (high - low), high + 0.16 * (high - low)
-    axes.set_ylim(low, high)
-    axes.axhspan(1.0, high, color=palette.win, alpha=0.06, linewidth=0, zorder=0)
-    axes.axhspan(low, 1.0, color=palette.lose, alpha=0.06, linewidth=0, zorder=0)
-    first, last = _between(axes)
-    look: dict[str, Any] = {"textcoords": "offset points", "xycoords": ("data", "axes fraction"), "fontsize": 8.5}
-    axes.annotate(f"▲ {b} wins", (last, 1), (0, -5), ha="center", va="top", color=palette.win, **look)
-    axes.annotate(f"▼ {a} wins", (first, 0), (0, 5), ha="center", va="bottom", color=palette.lose, **look)
 
 
 def _between(axes: Axes) -> tuple[float, float]:

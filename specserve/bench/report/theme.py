@@ -91,6 +91,11 @@ def legend(axes: Axes, palette: Palette, columns: int = 3) -> None:
     )  # fmt: skip
 
 
+def file_part(variant: str) -> str:
+    """Of a picture's name."""
+    return "".join(letter if letter.isalnum() else "-" for letter in variant.lower())
+
+
 def save_png(picture: Picture, palette: Palette, path: Path) -> None:
     with _looks(picture.name):
         picture.draw(palette).savefig(path, dpi=DPI, facecolor=palette.page, metadata={"Software": None})
