@@ -19,15 +19,16 @@ MODES = ("base", "draft", "adapters", "both")  # bars; drafts are the engine's c
 LABELS = {
     "base": "base", "draft": "draft model", "adapters": "adapters", "both": "adapters and companions"
 }  # fmt: skip
+SECTIONS = ("modes", "sampled", "curve", "shift")
 BAR = 0.98  # of the throughput without drafts, that is never to be missed
 
 
 def read(path: Path) -> list[Row]:
-    """The last row of each cell that was right."""
+    """The last row of each cell that was right; other benchmarks' rows are left out."""
     found: dict[tuple[Any, ...], Row] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
-        if row.get("twin") is None or row["twin"]["passed"]:
+        if row.get("section") in SECTIONS and (row.get("twin") is None or row["twin"]["passed"]):
             kind = [row[name] for name in ("section", "adapters", "batch", "k", "sampling")]
             found[(*kind, row["alpha"], row.get("alpha_before"))] = row
     return list(found.values())
@@ -72,12 +73,12 @@ def by_mode(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-PLOTS: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
-    "speculation-speedup": ("curve", speedup),
-    "speculation-drafts": ("curve", chosen),
-    "speculation-modes": ("modes", by_mode),
+PLOTS: dict[str, tuple[Sequence[str], Callable[[Sequence[Row]], Figure]]] = {
+    "speculation-speedup": (("curve",), speedup),
+    "speculation-drafts": (("curve",), chosen),
+    "speculation-modes": (("modes",), by_mode),
 }
-"""File's name → the section whose rows it shows, and what draws it."""
+"""File's name → the sections whose rows it shows, and what draws it."""
 
 
 def _batches(rows: Iterable[Row]) -> list[int]:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.plots.__main__ import main
+from benchmarks.plots.adapters import cost
+from benchmarks.plots.adapters import read as read_adapters
 from benchmarks.plots.speculation import by_mode, read, speedup
 from benchmarks.plots.style import INK, LOOKS
 
@@ -56,6 +58,26 @@ def test_files_are_the_same_each_time(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes() for name in names)
     assert "not drawn, there are no rows of modes" in capsys.readouterr().out
     assert main(["--results", str(tmp_path / "none.jsonl")]) == 1
+
+
+def test_what_adapters_add_is_over_the_base(tmp_path: Path) -> None:
+    about = {"pair": "tiny", "inp": 8, "out": 4, "device": "none", "commit": "0", "batch": 8, "ranks": [8, 64]}
+    cells = {"base": (4.0, 0.0, 0.0), "8 of rank 64": (5.0, 1.0, 0.7), "8 of rank 8": (4.2, 0.2, 0.1)}
+    rows = [
+        about | {"section": "ranks", "cell": cell, "decode_ms_per_tok": ms, "cost_ms": more, "floor_ms": floor}
+        | {"decode_of_base": ms / 4.0} for cell, (ms, more, floor) in cells.items()
+    ]  # fmt: skip
+    loading = {"section": "loading", "twin": None}
+    path = written(tmp_path, [*rows, rows[1] | {"decode_ms_per_tok": 9.0, "twin": {"passed": False}}, loading])
+    axes = cost(read_adapters(path)).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "8 at once, 8 of rank 8",
+        "8 at once, 8 of rank 64",
+    ]
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == pytest.approx([4.0, 4.0, 0.1, 0.7, 0.1, 0.3])  # the base, bytes, the rest
+    assert main(["--results", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["adapters-cost.svg"]
 
 
 def luminance(colour: str) -> float:
