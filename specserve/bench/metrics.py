@@ -23,6 +23,7 @@ from specserve.bench.records import RequestRecord, RunRecord
 from specserve.core.errors import InvalidRequestError
 
 LATENCIES = ("ttft", "tpot", "itl", "e2el")
+PERCENTILES = (90.0, 99.0)  # beside the median
 Seconds = npt.NDArray[np.float64]
 
 
@@ -70,6 +71,7 @@ class Distribution(msgspec.Struct, frozen=True):
     std: float
     p90: float
     p99: float
+    percentiles: dict[float, float] = {}  # those that were asked for, least first
 
 
 class Summary(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -103,8 +105,8 @@ class Summary(msgspec.Struct, frozen=True, omit_defaults=True):
         for name in LATENCIES:
             distribution: Distribution | None = getattr(self, name)
             if distribution is not None:
-                kinds = ("mean", "median", "std", "p90", "p99")
-                values |= {f"{kind}_{name}_ms": getattr(distribution, kind) for kind in kinds}
+                values |= {f"{kind}_{name}_ms": getattr(distribution, kind) for kind in ("mean", "median", "std")}
+                values |= {f"p{at:g}_{name}_ms": value for at, value in distribution.percentiles.items()}
         return values | (self.acceptance.flat() if self.acceptance else {})
 
 
@@ -128,8 +130,14 @@ def timing(record: RequestRecord) -> Timing:
     return Timing(times[0] - record.sent, tpot, gaps, e2el)
 
 
-def summarise(runs: Sequence[RunRecord], slos: Slos | None = None) -> Summary:
+def summarise(
+    runs: Sequence[RunRecord], slos: Slos | None = None, percentiles: Sequence[float] = PERCENTILES
+) -> Summary:
     """Of one variant's runs under one load: times of all their requests together, throughputs over their whole time."""
+
+    def told(seconds: Sequence[float]) -> Distribution | None:
+        return distribution(seconds, percentiles)
+
     records = [record for run in runs for record in run.requests]
     good = [record for record in records if succeeded(record)]
     timings, duration = [timing(record) for record in good], sum(run.duration for run in runs)
@@ -145,21 +153,22 @@ def summarise(runs: Sequence[RunRecord], slos: Slos | None = None) -> Summary:
         output_throughput=_rate(outputs, duration),
         total_token_throughput=_rate(inputs + outputs, duration),
         request_goodput=None if kept is None else _rate(kept, duration),
-        ttft=distribution([one.ttft for one in timings if one.ttft is not None]),
-        tpot=distribution([one.tpot for one in timings if one.tpot is not None]),
-        itl=distribution([gap for one in timings for gap in one.itl]),
-        e2el=distribution([one.e2el for one in timings]),
+        ttft=told([one.ttft for one in timings if one.ttft is not None]),
+        tpot=told([one.tpot for one in timings if one.tpot is not None]),
+        itl=told([gap for one in timings for gap in one.itl]),
+        e2el=told([one.e2el for one in timings]),
         acceptance=acceptance(good),
     )
 
 
-def distribution(seconds: Sequence[float]) -> Distribution | None:
+def distribution(seconds: Sequence[float], percentiles: Sequence[float] = PERCENTILES) -> Distribution | None:
     """Percentiles are interpolated linearly, as numpy does by itself."""
     if not seconds:
         return None
     ms: Seconds = np.asarray(seconds, dtype=np.float64) * 1000
     p50, p90, p99 = (float(value) for value in np.percentile(ms, (50, 90, 99)))
-    return Distribution(len(ms), float(ms.mean()), p50, float(ms.std()), p90, p99)
+    asked = {at: float(np.percentile(ms, at)) for at in sorted(set(percentiles))}
+    return Distribution(len(ms), float(ms.mean()), p50, float(ms.std()), p90, p99, asked)
 
 
 def _rate(count: int, duration: float) -> float:

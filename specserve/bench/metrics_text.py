@@ -31,8 +31,9 @@ def text(summary: Summary, title: str = "Serving Benchmark Result") -> str:
 def _times(name: str, distribution: Distribution | None) -> list[str]:
     if distribution is None:
         return []
-    kinds = {"Mean": "mean", "Median": "median", "P90": "p90", "P99": "p99"}
-    lines = [_line(f"{kind} {name.upper()} (ms):", getattr(distribution, of)) for kind, of in kinds.items()]
+    figures = {"Mean": distribution.mean, "Median": distribution.median}
+    figures |= {f"P{at:g}": value for at, value in distribution.percentiles.items()}
+    lines = [_line(f"{kind} {name.upper()} (ms):", value) for kind, value in figures.items()]
     return [f"{TITLES[name]:-^{WIDTH}}", *lines]
 
 

@@ -77,7 +77,7 @@ SERVE_HELP = {
     "save_result": "add the figures to a file of JSON lines",
     "save_detailed": "with each request's times and text",
     "result_dir": "folder of that file [.]",
-    "result_filename": "the file; default: made of label, rate, model and date",
+    "result_filename": "the file, to which a line is added; default: made of label, rate, concurrency and model",
 }
 
 

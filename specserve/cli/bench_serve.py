@@ -10,12 +10,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from tqdm import tqdm
 
 from specserve.bench.facts import append_line, check_writable, surroundings
-from specserve.bench.metrics import summarise
+from specserve.bench.metrics import LATENCIES, PERCENTILES, summarise
 from specserve.bench.metrics_text import text
 from specserve.bench.options import TraceOptions
 from specserve.bench.records import Comparison, RequestRecord, RunRecord
@@ -43,6 +44,18 @@ def add_serve(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     group = parser.add_argument_group("server and run")
     add_flags(group, ServeOptions, SERVE_HELP)
     add_goodput(group)
+    group.add_argument(
+        "--metric-percentiles", type=_percentiles, default=PERCENTILES, metavar="P,P…",
+        help="of times, beside mean and median [90,99]",
+    )  # fmt: skip
+    group.add_argument(
+        "--percentile-metrics", type=_latencies, default=LATENCIES, metavar="NAME,NAME…",
+        help="the times that are told [ttft,tpot,itl,e2el]",
+    )  # fmt: skip
+    group.add_argument(
+        "--metadata", type=_metadata, nargs="+", default=[], metavar="KEY=VALUE", help="saved with the result"
+    )
+    group.add_argument("--disable-tqdm", action="store_true", help="show no bar")
     add_trace_flags(parser)
     parser.set_defaults(run=run)
 
@@ -55,33 +68,60 @@ def run(args: argparse.Namespace) -> int:
     asked = trace_options(args)
     try:
         slos = slos_of(args)
-        prepared, record, interrupted = asyncio.run(_measure(options, asked))
+        prepared, record, interrupted = asyncio.run(_measure(options, asked, bar=not args.disable_tqdm))
     except SpecserveError as error:
         print(f"specserve: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:  # before the first request, or the second one
         print("specserve: interrupted; nothing is told of what was measured.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    summary = summarise([record], slos)
+    summary = summarise([record], slos, args.metric_percentiles)
+    untold = {name: None for name in LATENCIES if name not in args.percentile_metrics}
+    summary = msgspec.structs.replace(summary, **untold)
     print(text(summary))
     _tell_failures(prepared, record, interrupted)
     path = result_path(options, asked, prepared)
     if path is not None:
-        append_line(path, _result(options, asked, prepared, record, summary.flat()))
+        facts = {"metrics": summary.flat()} | ({"metadata": dict(args.metadata)} if args.metadata else {})
+        append_line(path, _result(options, asked, prepared, record, facts))
         print(f"Added to {path}.")
     if interrupted:
         return EXIT_INTERRUPTED
     return 0 if record.complete and summary.completed else EXIT_FAILED
 
 
-async def _measure(options: ServeOptions, asked: TraceOptions) -> tuple[Prepared, RunRecord, bool]:
+def _percentiles(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < one < 100 for one in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers between 0 and 100 with commas between")
+    return found
+
+
+def _latencies(text: str) -> tuple[str, ...]:
+    found = tuple(text.split(","))
+    if not set(found) <= set(LATENCIES):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of {','.join(LATENCIES)}")
+    return found
+
+
+def _metadata(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not (name and separator):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return name, value
+
+
+async def _measure(options: ServeOptions, asked: TraceOptions, *, bar: bool) -> tuple[Prepared, RunRecord, bool]:
     """What was sent, what came of it, and whether a Ctrl-C ended it."""
     prepared = await prepare(options, asked)
     path = result_path(options, asked, prepared)
     if path is not None:
         check_writable(path, "result_filename")
     stop = asyncio.Event()
-    with _until_interrupted(stop) as was_interrupted, _bar(len(prepared.trace)) as on_end:
+    with _until_interrupted(stop) as was_interrupted, _bar(len(prepared.trace), shown=bar) as on_end:
         record = await measure(prepared, options, asked, on_end, stop)
         return prepared, record, was_interrupted()
 
@@ -107,11 +147,11 @@ def _until_interrupted(stop: asyncio.Event) -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def _bar(total: int) -> Iterator[Callable[[RequestRecord], None]]:
+def _bar(total: int, *, shown: bool) -> Iterator[Callable[[RequestRecord], None]]:
     """A bar on a terminal; what is yielded takes each record as it comes."""
     failed = 0
     # disable=None: shown on a terminal alone.
-    with tqdm(desc="Measuring", total=total, bar_format=BAR, disable=None, leave=False) as bar:
+    with tqdm(desc="Measuring", total=total, bar_format=BAR, disable=None if shown else True, leave=False) as bar:
 
         def on_end(record: RequestRecord) -> None:
             nonlocal failed
@@ -150,11 +190,11 @@ def result_path(options: ServeOptions, asked: TraceOptions, prepared: Prepared) 
 
 
 def _result(
-    options: ServeOptions, asked: TraceOptions, prepared: Prepared, record: RunRecord, metrics: dict[str, float]
+    options: ServeOptions, asked: TraceOptions, prepared: Prepared, record: RunRecord, more: dict[str, Any]
 ) -> Comparison:
     """The file's line: a comparison of one variant, which reports read, with its figures among the facts."""
     label = options.label or prepared.target.engine
     told = record if options.save_detailed else msgspec.structs.replace(record, requests=[])
-    facts = surroundings() | {"trace": asked, "metrics": metrics}
+    facts = surroundings() | {"trace": asked} | more
     info = msgspec.structs.replace(prepared.info, variant=label, title=label)
     return Comparison([info], [msgspec.structs.replace(told, variant=label)], facts)

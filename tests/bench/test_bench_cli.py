@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from serverkit.fake_openai import Body, FakeOpenAI
@@ -50,6 +51,34 @@ def test_serve_prints_the_table_and_adds_a_line_to_a_file(tmp_path: Path, capsys
     assert (lines[1].facts["metrics"]["completed"], lines[1].facts["metrics"]["total_output_tokens"]) == (6, 18)
     assert lines[1].facts["metrics"]["request_goodput"] > 0
     assert lines[1].variants[0].url == server.url
+
+
+def test_percentiles_and_what_is_told_of_are_choices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.jsonl"
+    flags = ("--metric-percentiles", "95,25,99.9", "--percentile-metrics", "ttft,e2el", "--metadata", "run=3", "of=a=b")
+    with FakeOpenAI(root=DEMO) as server:
+        assert bench(server, *SMALL, "--result-filename", str(path), "--save-detailed", *flags) == 0
+    shown = [line.split(" (ms):")[0] for line in capsys.readouterr().out.splitlines() if " (ms):" in line]
+    assert shown == [
+        f"{kind} {name}" for name in ("TTFT", "E2EL") for kind in ("Mean", "Median", "P25", "P95", "P99.9")
+    ]
+    facts = last_line(path)["facts"]
+    assert facts["metadata"] == {"run": "3", "of": "a=b"}
+    times = {name for name in facts["metrics"] if name.endswith("_ms")}
+    kinds = ("mean", "median", "std", "p25", "p95", "p99.9")
+    assert times == {f"{kind}_{name}_ms" for name in ("ttft", "e2el") for kind in kinds}
+    records = msgspec.convert(last_line(path), Comparison).runs[0].requests
+    e2el = [1000 * (record.end - record.sent) for record in records]
+    assert facts["metrics"]["p95_e2el_ms"] == pytest.approx(float(np.percentile(e2el, 95)))
+
+
+@pytest.mark.parametrize(
+    "flag", [("--metric-percentiles", "0,50"), ("--percentile-metrics", "ttft,x"), ("--metadata", "x")]
+)
+def test_what_is_told_of_is_checked(flag: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["bench", "serve", *flag])
+    assert f"argument {flag[0]}: '{flag[1]}' is not" in capsys.readouterr().err
 
 
 def test_a_saved_trace_is_sent_again(tmp_path: Path) -> None:
@@ -174,7 +203,8 @@ def test_vllms_flags_are_understood() -> None:
         "--random-output-len 20 --random-range-ratio 0.1 --random-prefix-len 0 --num-prompts 3 --request-rate inf "
         "--burstiness 0.5 --max-concurrency 4 --ramp-up-strategy linear --ramp-up-start-rps 1 --ramp-up-end-rps 4 "
         "--goodput ttft:100 tpot:20 --ignore-eos --save-result --save-detailed --result-dir d --result-filename f "
-        "--label l --lora-modules a b --lora-assignment round-robin --seed 3 --temperature 0 --top-k -1 --num-warmups 0"
+        "--label l --lora-modules a b --lora-assignment round-robin --seed 3 --temperature 0 --top-k -1 "
+        "--num-warmups 0 --percentile-metrics ttft,tpot,itl,e2el --metric-percentiles 25,50,99 --metadata a=b --disable-tqdm"
     )
     args = make_parser().parse_args(["bench", "serve", *flags.split()])
     assert (args.input_len, args.output_len, args.lora_modules, args.top_k) == (10, 20, ["a", "b"], -1)
