@@ -58,7 +58,7 @@ def prepare(logits: Tensor, batch: SamplingBatch, drafts: Tensor) -> Truncated:
     """As `process`, but nothing is copied that no other processor changes: the temperature, and what top_k and top_p
     leave, are numbers beside the logits. logits are dense in the vocabulary.
     """
-    divisor = batch.divisor if batch.any_temperature else None
+    divisor = batch.divisor if batch.any_sampled else None  # of 1 where that is the temperature: no other kernels
     if any(processor.is_active(batch) for processor in PROCESSORS if processor.apply not in _LATE):
         logits, divisor = _apply(PROCESSORS[:-1], logits, batch, drafts), None
     if not top_k_top_p.is_active(batch):

@@ -24,6 +24,7 @@ from specserve_kernels.launch import relaunched
 
 ANY = -1  # beside a sequence: whatever stands there
 OUTSIDE = -2  # before what was generated: no token
+MIN_BLOCK = 16  # sequences of up to 17 tokens compile once
 
 
 def forbid_words_ref(
@@ -50,7 +51,10 @@ def forbid_words_ref(
 
 
 @relaunched
-@triton.jit(do_not_specialize=["words_stride", "drafts_stride", "first", "num_positions", "num_before"])
+@triton.jit(
+    do_not_specialize=["words_stride", "drafts_stride", "first", "num_positions", "num_before"],
+    do_not_specialize_on_alignment=["drafts", "words", "word_rows", "history_rows", "output_starts", "lengths"],
+)
 def _forbid_kernel(
     logits, drafts, words, word_rows, history, history_rows, output_starts, lengths,
     words_stride, drafts_stride, width, vocab, first, num_positions, num_before,
@@ -92,7 +96,7 @@ def forbid_words_triton(
         logits, drafts, words, word_rows, history, history_rows, output_starts, lengths,
         words.stride(0), drafts.stride(0), history.shape[1], vocab,
         drafts.shape[1] + 1 - num_positions, num_positions, num_before,
-        BLOCK=power_of_2(max(num_before, 1)), NOTHING=OUTSIDE, WHATEVER=ANY, num_warps=1,
+        BLOCK=max(power_of_2(max(num_before, 1)), MIN_BLOCK), NOTHING=OUTSIDE, WHATEVER=ANY, num_warps=1,
     )  # fmt: skip
     return logits
 

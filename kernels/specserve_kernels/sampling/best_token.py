@@ -12,6 +12,7 @@ from torch import Tensor
 from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.sampling.cut import Cut, load_logits
+from specserve_kernels.sampling.dense import evenly_spaced
 from specserve_kernels.sampling.kept_word import KEPT_WARPS, best_kept_word
 from specserve_kernels.sampling.noise import gumbel, noise_key
 from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
@@ -27,14 +28,14 @@ ENOUGH_PROGRAMS = 512  # a few for each of the GPU's multiprocessors
 )
 def _best_of_tile(
     words, logits, seed, position, stream, temperature, divisor, thresholds, last_ids,
-    vocab, num_positions, stride_row, stride_position,
+    vocab, num_positions, distance,
     STREAM: tl.constexpr, SAMPLED: tl.constexpr, DIVIDED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (row · Q + step, tile): words [rows · Q, tiles] of logits [rows, Q, vocab], the rest [rows]."""
     row = (tl.program_id(0) // num_positions).to(tl.int64)
     step = tl.program_id(0) % num_positions
     token = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    at = row * stride_row + step * stride_position
+    at = tl.program_id(0).to(tl.int64) * distance
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if CUT:
         which = tl.load(stream + row) if STREAM < 0 else STREAM
@@ -65,7 +66,12 @@ def _best_of_row(tokens, words, num_tiles, vocab, TILES: tl.constexpr):
 
 def tile_size(num_rows: int, vocab_size: int) -> int:
     """Tokens a program: large where the rows alone keep the GPU busy. Two sizes only: each is compiled anew."""
-    return 4096 if num_rows * cdiv(vocab_size, 4096) >= ENOUGH_PROGRAMS else 1024
+    return 4096 if num_rows >= rows_of_large_tiles(vocab_size) else 1024
+
+
+def rows_of_large_tiles(vocab_size: int) -> int:
+    """The fewest rows whose tiles are large."""
+    return cdiv(ENOUGH_PROGRAMS, cdiv(vocab_size, 4096))
 
 
 def warps_of(tile: int) -> int:
@@ -101,9 +107,10 @@ def best_tokens(
     tokens = logits.new_empty((num_rows, num_positions), dtype=torch.int64)
     if tokens.numel() == 0:
         return tokens
+    logits, distance = evenly_spaced(logits)
     _best_of_tile[(num_rows * num_positions, num_tiles)](
         words, logits, seed, position, None if isinstance(stream, int) else stream, temperature, divisor, *_where(cut),
-        vocab_size, num_positions, logits.stride(0), logits.stride(1),
+        vocab_size, num_positions, distance,
         STREAM=int(stream) if isinstance(stream, int) else -1, SAMPLED=seed is not None, DIVIDED=divisor is not None,
         CUT=cut is not None, TILE=tile, num_warps=warps_of(tile) if cut is None else KEPT_WARPS,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.sampling.cut import Cut, DraftSoftmax, divide
+from specserve_kernels.sampling.dense import evenly_spaced
 from specserve_kernels.sampling.kept_word import KEPT_WARPS, best_kept_word
 from specserve_kernels.sampling.noise import gumbel, noise_key
 from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
@@ -90,24 +91,28 @@ def draw_with_softmax(
 
 
 @relaunched
-@triton.jit(do_not_specialize_on_alignment=["seed", "position", "is_coupled", "temperature", "divisor", *_CUT])
+@triton.jit(
+    do_not_specialize=["num_drafts", "step"],
+    do_not_specialize_on_alignment=["seed", "position", "is_coupled", "temperature", "divisor", *_CUT],
+)
 def _copy_and_survey(
     words, maxima, sums, kept, logits, seed, position, is_coupled, temperature, divisor, thresholds, last_ids,
-    vocab, stride_row, stride_kept, DIVIDED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
+    vocab, distance, num_drafts, step, DIVIDED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """As `_survey_tile`, of raw logits, which go to kept [rows, vocab]; with a cut no statistics are wanted."""
+    """As `_survey_tile`, of raw logits, which go to kept [rows, num_drafts, vocab], draft `step`; with a cut no
+    statistics are wanted."""
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     inside = token < vocab
-    raw = tl.load(logits + row * stride_row + token, mask=inside, other=float("-inf"))
-    tl.store(kept + row * stride_kept + token, raw, mask=inside)
+    raw = tl.load(logits + row * distance + token, mask=inside, other=float("-inf"))
+    tl.store(kept + (row * num_drafts + step) * vocab + token, raw, mask=inside)
     place = row * tl.num_programs(1) + tile
     is_noisy = tl.load(temperature + row) > 0
     stream = tl.where(tl.load(is_coupled + row) != 0, _SAMPLE, _DRAFT)
     key = noise_key(tl.load(seed + row), tl.load(position + row), stream)
     if CUT:
         best = best_kept_word(
-            logits, row * stride_row, tile * TILE, vocab, divisor, row, tl.load(thresholds + row),
+            logits, row * distance, tile * TILE, vocab, divisor, row, tl.load(thresholds + row),
             tl.load(last_ids + row), key, is_noisy, DIVIDED, TILE,
         )  # fmt: skip
         tl.store(words + place, best)
@@ -182,10 +187,11 @@ def draw_kept(
         return tokens
     divisor = None if q.divisor is None else q.divisor.contiguous()
     numbers: tuple[Tensor | None, ...] = (None,) * 4 if cut is None else cut
+    logits, distance = evenly_spaced(logits.unsqueeze(1))
     _copy_and_survey[(num_rows, num_tiles)](
-        words, maxima, sums, q.logits[:, step], logits, seed.contiguous(), position.contiguous(),
+        words, maxima, sums, q.logits, logits, seed.contiguous(), position.contiguous(),
         is_coupled.contiguous(), temperature.contiguous(), divisor, *numbers[:2],
-        vocab_size, logits.stride(0), q.logits.stride(0),
+        vocab_size, distance, num_drafts, step,
         DIVIDED=divisor is not None, CUT=cut is not None, TILE=STATISTICS_TILE,
         num_warps=4 if cut is None else KEPT_WARPS,
     )  # fmt: skip

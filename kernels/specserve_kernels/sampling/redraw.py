@@ -36,7 +36,7 @@ def redraw(
     words, spare_words, num_accepted, statistics, logits, draft_counts, drafts,
     q_logits, q_divisor, q_thresholds, q_last_ids, q_largest, q_totals,
     seed, first_position, temperature, is_coupled, divisor, thresholds, last_ids,
-    vocab, num_drafts, stride_row, stride_position,
+    vocab, num_drafts, distance,
     DRAFTED: tl.constexpr, Q_DIVIDED: tl.constexpr, DIVIDED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Best word of the residual (p − q)₊, or, in a tile where it is nothing, the spare one of p itself: if it is
@@ -49,9 +49,10 @@ def redraw(
     rejected = accepted < tl.load(draft_counts + row)
     token = tile * TILE + tl.arange(0, TILE)
     inside = token < vocab
-    x = load_logits(logits, row * stride_row + accepted * stride_position + token, inside, divisor, row, DIVIDED)
+    position = row * (num_drafts + 1) + accepted
+    x = load_logits(logits, position * distance + token, inside, divisor, row, DIVIDED)
     if CUT:
-        x = cut_off(x, token, thresholds, last_ids, row * (num_drafts + 1) + accepted)
+        x = cut_off(x, token, thresholds, last_ids, position)
     place = row * tl.num_programs(1) + tile
     if tl.max(x, axis=0) == float("-inf"):  # most tiles after top_k
         tl.store(words + place, NO_WORD)

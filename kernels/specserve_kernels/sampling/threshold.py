@@ -17,6 +17,9 @@ Masses are integers: the probability times 2^42, truncated, with the number of t
 order in which atomic additions happen to be made. Within a tile of `narrow` they are float32, in a fixed order: that
 rounding may at most move a bracket past a token whose mass is the difference.
 
+Rows with top_k, with top_p or with both are told apart by what they hold, not by kernels of their own. The host knows
+whether there are any, and leaves out `narrow` and the groups' maxima; nothing is compiled for the difference.
+
 Where a row has more candidates than the list holds, the search reads the row itself: slow, but right.
 """
 
@@ -30,6 +33,7 @@ from torch import Tensor
 from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.sampling.cut import Cut, load_logits, stays
+from specserve_kernels.sampling.dense import evenly_spaced
 from specserve_kernels.sampling.ordered import from_ordered, to_ordered
 from specserve_kernels.sampling.softmax_parts import STATISTICS_TILE, row_statistics, tile_statistics
 from specserve_kernels.sampling.threshold_parts import NUM_PIVOTS, ONE, bracket, needed_mass, pivot
@@ -46,25 +50,23 @@ _DEPTH = tl.constexpr(40.0)  # below the maximum: e^−40 · 2^42 is no mass
 
 
 @triton.jit
-def _load_row(logits, divisor, row, token, vocab, stride_row, stride_step, num_steps, DIVIDED: tl.constexpr):
-    at = row // num_steps * stride_row + row % num_steps * stride_step + token
-    return load_logits(logits, at, token < vocab, divisor, row // num_steps, DIVIDED)
+def _load_row(logits, divisor, row, token, vocab, distance, num_steps, DIVIDED: tl.constexpr):
+    return load_logits(logits, row * distance + token, token < vocab, divisor, row // num_steps, DIVIDED)
 
 
 @relaunched
 @triton.jit(do_not_specialize=["num_steps", "num_groups"], do_not_specialize_on_alignment=["divisor"])
 def _survey(
-    maxima, sums, group_maxima, logits, divisor, vocab, stride_row, stride_step, num_steps, num_groups,
-    GROUPED: tl.constexpr, DIVIDED: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    maxima, sums, group_maxima, logits, divisor, vocab, distance, num_steps, num_groups,
+    DIVIDED: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    x = _load_row(
-        logits, divisor, row, tile * TILE + tl.arange(0, TILE), vocab, stride_row, stride_step, num_steps, DIVIDED
-    )
+    token = tile * TILE + tl.arange(0, TILE)
+    x = _load_row(logits, divisor, row, token, vocab, distance, num_steps, DIVIDED)
     largest, total = tile_statistics(x)
     tl.store(maxima + row * tl.num_programs(1) + tile, largest)
     tl.store(sums + row * tl.num_programs(1) + tile, total)
-    if GROUPED:
+    if num_groups > 0:
         group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
         groups = tl.max(tl.reshape(x, (TILE // GROUP, GROUP)), axis=1)
         tl.store(group_maxima + row * num_groups + group, groups, mask=group < num_groups)
@@ -77,7 +79,7 @@ def _survey(
 def _plan(
     bounds, largests, totals, counts, pivot_sums, maxima, sums, group_maxima, top_k, top_p,
     vocab, num_steps, num_rows, num_tiles, num_groups,
-    GROUPED: tl.constexpr, ROUNDS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
+    ROUNDS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
@@ -87,7 +89,7 @@ def _plan(
     k, p = tl.load(top_k + row // num_steps), tl.load(top_p + row // num_steps).to(tl.float32)
     if k < vocab:
         low = float("-inf")
-        if GROUPED and k <= num_groups:
+        if k <= num_groups:
             group = tl.arange(0, GROUPS)
             x = tl.load(group_maxima + row * num_groups + group, mask=group < num_groups, other=float("-inf"))
             images = to_ordered(x)
@@ -112,7 +114,7 @@ def _plan(
 @relaunched
 @triton.jit(do_not_specialize=["num_steps", "num_rows"], do_not_specialize_on_alignment=_SETTINGS)
 def _narrow(
-    pivot_sums, bounds, maxima, logits, divisor, top_k, top_p, vocab, stride_row, stride_step, num_steps, num_rows,
+    pivot_sums, bounds, maxima, logits, divisor, top_k, top_p, vocab, distance, num_steps, num_rows,
     ROUND: tl.constexpr, DIVIDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -128,7 +130,7 @@ def _narrow(
     totals = tl.zeros((_NUM_PIVOTS, BLOCK), dtype=tl.float32)
     for i in tl.static_range(TILE // BLOCK):
         token = tile * TILE + i * BLOCK + tl.arange(0, BLOCK)[None, :]
-        x = _load_row(logits, divisor, row, token, vocab, stride_row, stride_step, num_steps, DIVIDED)
+        x = _load_row(logits, divisor, row, token, vocab, distance, num_steps, DIVIDED)
         mass = tl.exp(x - largest) * scale
         totals += tl.where(x >= pivots[:, None], mass, 0.0)
     place = (ROUND * num_rows + row) * _NUM_PIVOTS + index
@@ -139,7 +141,7 @@ def _narrow(
 @triton.jit(do_not_specialize=["num_steps", "num_rows"], do_not_specialize_on_alignment=_SETTINGS)
 def _collect(
     values, ids, counts, pivot_sums, bounds, maxima, logits, divisor, top_k, top_p,
-    vocab, stride_row, stride_step, num_steps, num_rows,
+    vocab, distance, num_steps, num_rows,
     ROUNDS: tl.constexpr, DIVIDED: tl.constexpr, TILE: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -148,12 +150,12 @@ def _collect(
     if (not has_k) & (p == float("inf")):
         return
     low, high, above = tl.load(bounds + row * 4 + 2), tl.load(bounds + row * 4 + 3), tl.full((), 0, tl.int64)
-    if ROUNDS > 0 and not has_k:
+    if not has_k:
         low, high, above = bracket(bounds, pivot_sums, needed_mass(p), row, num_rows, ROUNDS)
     if tl.load(maxima + row * tl.num_programs(1) + tile) < low:
         return
     token = tile * TILE + tl.arange(0, TILE)
-    x = _load_row(logits, divisor, row, token, vocab, stride_row, stride_step, num_steps, DIVIDED)
+    x = _load_row(logits, divisor, row, token, vocab, distance, num_steps, DIVIDED)
     take = (token < vocab) & (x >= low) & (x < tl.where(above == 0, float("inf"), high))
     taken = take.to(tl.int32)
     if tl.sum(taken, axis=0) == 0:
@@ -165,10 +167,10 @@ def _collect(
 
 @relaunched
 @triton.jit(do_not_specialize=["num_steps"])
-def _mask(masked, thresholds, last_ids, logits, vocab, stride_row, stride_step, num_steps, TILE: tl.constexpr):
+def _mask(masked, thresholds, last_ids, logits, vocab, distance, num_steps, TILE: tl.constexpr):
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
-    x = _load_row(logits, None, row, token, vocab, stride_row, stride_step, num_steps, False)
+    x = _load_row(logits, None, row, token, vocab, distance, num_steps, False)
     keep = stays(x, token, tl.load(thresholds + row), tl.load(last_ids + row))
     tl.store(masked + row * vocab + token, tl.where(keep, x, float("-inf")), mask=token < vocab)
 
@@ -186,8 +188,8 @@ def find_cut(
     `selection.truncate`."""
     batch, num_steps, vocab = logits.shape
     assert vocab < MAX_VOCAB, vocab
-    num_rows, num_tiles, num_groups = batch * num_steps, cdiv(vocab, STATISTICS_TILE), cdiv(vocab, GROUP)
-    grouped, rounds, divided = max_top_k > 0, ROUNDS if any_top_p_alone else 0, divisor is not None
+    num_rows, num_tiles, most_groups = batch * num_steps, cdiv(vocab, STATISTICS_TILE), cdiv(vocab, GROUP)
+    num_groups, divided = most_groups if max_top_k > 0 else 0, divisor is not None
     top_k, top_p, divisor = top_k.contiguous(), top_p.contiguous(), None if divisor is None else divisor.contiguous()
     floats = partial(torch.empty, dtype=torch.float32, device=logits.device)
     ints = partial(torch.empty, dtype=torch.int32, device=logits.device)
@@ -195,29 +197,30 @@ def find_cut(
     if num_rows == 0:
         return cut
     maxima, sums, groups, values, bounds = (
-        floats(num_rows, size) for size in (num_tiles, num_tiles, num_groups if grouped else 1, CAPACITY, 4)
+        floats(num_rows, size) for size in (num_tiles, num_tiles, max(num_groups, 1), CAPACITY, 4)
     )
     ids, counts = ints(num_rows, CAPACITY), ints(num_rows)
-    pivot_sums = torch.empty((max(rounds, 1), num_rows, NUM_PIVOTS), dtype=torch.int64, device=logits.device)
-    tiles, row = (num_rows, num_tiles), (vocab, logits.stride(0), logits.stride(1), num_steps)
+    pivot_sums = torch.empty((ROUNDS, num_rows, NUM_PIVOTS), dtype=torch.int64, device=logits.device)
+    logits, distance = evenly_spaced(logits)
+    tiles, row = (num_rows, num_tiles), (vocab, distance, num_steps)
     tile = {"DIVIDED": divided, "TILE": STATISTICS_TILE, "num_warps": 4}
-    _survey[tiles](maxima, sums, groups, logits, divisor, *row, num_groups, GROUPED=grouped, GROUP=GROUP, **tile)
+    _survey[tiles](maxima, sums, groups, logits, divisor, *row, num_groups, GROUP=GROUP, **tile)
     _plan[(num_rows,)](
         bounds, cut.largest, cut.total, counts, pivot_sums, maxima, sums, groups, top_k, top_p, vocab, num_steps,
-        num_rows, num_tiles, num_groups, GROUPED=grouped, ROUNDS=rounds, TILES=power_of_2(num_tiles),
-        GROUPS=power_of_2(num_groups), num_warps=4,
+        num_rows, num_tiles, num_groups, ROUNDS=ROUNDS, TILES=power_of_2(num_tiles), GROUPS=power_of_2(most_groups),
+        num_warps=4,
     )  # fmt: skip
-    for one in range(rounds):
+    for one in range(ROUNDS if any_top_p_alone else 0):
         _narrow[tiles](
             pivot_sums, bounds, maxima, logits, divisor, top_k, top_p, *row, num_rows, ROUND=one, BLOCK=256, **tile
         )
     _collect[tiles](
         values, ids, counts, pivot_sums, bounds, maxima, logits, divisor, top_k, top_p, *row, num_rows,
-        ROUNDS=rounds, CAPACITY=CAPACITY, **tile,
+        ROUNDS=ROUNDS, CAPACITY=CAPACITY, **tile,
     )  # fmt: skip
     search[(num_rows,)](
         *cut[:2], cut.total, logits, divisor, values, ids, counts, bounds, pivot_sums, top_k, top_p, *row, num_rows,
-        ROUNDS=rounds, DIVIDED=divided, CAPACITY=CAPACITY, num_warps=8,
+        ROUNDS=ROUNDS, DIVIDED=divided, CAPACITY=CAPACITY, num_warps=8,
     )  # fmt: skip
     return cut
 
@@ -228,11 +231,12 @@ def top_k_top_p_triton(
     """As `selection.top_k_top_p`: logits [B, Q, vocab] float32, dense in the vocabulary."""
     assert logits.dtype == torch.float32, logits.dtype
     cut = find_cut(logits, None, top_k, top_p, max_top_k, any_top_p, any_top_p_alone)
-    masked = logits.new_empty(logits.shape)
     batch, num_steps, vocab = logits.shape
+    masked = logits.new_empty((batch, num_steps, vocab))
+    logits, distance = evenly_spaced(logits)
     if masked.numel():
         _mask[(batch * num_steps, cdiv(vocab, STATISTICS_TILE))](
-            masked, cut.threshold, cut.last_id, logits, vocab, logits.stride(0), logits.stride(1), num_steps,
+            masked, cut.threshold, cut.last_id, logits, vocab, distance, num_steps,
             TILE=STATISTICS_TILE, num_warps=4,
         )  # fmt: skip
     return masked

@@ -114,7 +114,7 @@ def _last_id(room, value, values, raw, divide_by, is_row, ids, size, vocab, BLOC
 @triton.jit(do_not_specialize=["num_steps", "num_rows"], do_not_specialize_on_alignment=["top_k", "top_p", "divisor"])
 def search(
     thresholds, last_ids, totals, logits, divisor, values, ids, counts, bounds, pivot_sums, top_k, top_p,
-    vocab, stride_row, stride_step, num_steps, num_rows,
+    vocab, distance, num_steps, num_rows,
     ROUNDS: tl.constexpr, DIVIDED: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """Program (row): the numbers of `cut.Cut`; totals hold the whole row's before, and keep it where all stays."""
@@ -128,13 +128,13 @@ def search(
     needed = needed_mass(p)
     largest, scale = tl.load(bounds + row * 4), tl.load(bounds + row * 4 + 1)
     low, high, above = tl.load(bounds + row * 4 + 2), largest, tl.full((), 0, tl.int64)
-    if ROUNDS > 0 and not has_k:
+    if not has_k:
         low, high, above = bracket(bounds, pivot_sums, needed, row, num_rows, ROUNDS)
     size = tl.load(counts + row)
     is_row = size > CAPACITY  # too many for the list: search the row itself
     values += row * CAPACITY
     ids += row * CAPACITY
-    raw = logits + row // num_steps * stride_row + row % num_steps * stride_step
+    raw = logits + row * distance
     divide_by = tl.full((), 1.0, tl.float32)
     if DIVIDED:
         divide_by = tl.load(divisor + row // num_steps).to(tl.float32)

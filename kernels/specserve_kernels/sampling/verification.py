@@ -18,6 +18,7 @@ from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 from specserve_kernels.sampling.best_token import tile_size, warps_of
 from specserve_kernels.sampling.cut import Cut, DraftSoftmax, drafted_probability, load_logits, stays
+from specserve_kernels.sampling.dense import evenly_spaced
 from specserve_kernels.sampling.kept_word import KEPT_WARPS, best_kept_word
 from specserve_kernels.sampling.noise import gumbel, noise_key, uniform
 from specserve_kernels.sampling.ordered import NO_WORD, best_word, word_token
@@ -34,7 +35,7 @@ _SAMPLE = tl.constexpr(int(Stream.SAMPLE))
 @triton.jit(do_not_specialize=["num_positions"], do_not_specialize_on_alignment=ROWS)
 def _survey(
     words, maxima, sums, logits, seed, first_position, temperature, is_coupled, divisor, thresholds, last_ids,
-    vocab, num_positions, stride_row, stride_position,
+    vocab, num_positions, distance,
     SAMPLED: tl.constexpr, REJECTION: tl.constexpr, DIVIDED: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // num_positions).to(tl.int64)
@@ -43,7 +44,7 @@ def _survey(
     step, tile = tl.program_id(0) % num_positions, tl.program_id(1)
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tile
     token = tile * TILE + tl.arange(0, TILE)
-    at = row * stride_row + step * stride_position
+    at = tl.program_id(0).to(tl.int64) * distance
     if CUT:
         threshold, last_id = tl.load(thresholds + tl.program_id(0)), tl.load(last_ids + tl.program_id(0))
         key = noise_key(tl.load(seed + row), tl.load(first_position + row) + step, _SAMPLE)
@@ -74,7 +75,7 @@ def _settle(
     words, maxima, sums, logits, drafts, draft_counts,
     q_logits, q_divisor, q_thresholds, q_last_ids, q_largest, q_totals,
     seed, first_position, temperature, is_coupled, divisor, thresholds, last_ids, cut_largest, cut_totals,
-    vocab, num_drafts, num_tiles, stride_row, stride_position,
+    vocab, num_drafts, num_tiles, distance,
     REJECTION: tl.constexpr, DRAFTED: tl.constexpr, Q_DIVIDED: tl.constexpr, DIVIDED: tl.constexpr, CUT: tl.constexpr,
     STEPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -87,14 +88,10 @@ def _settle(
     count = tl.load(draft_counts + row).to(tl.int32)
     valid = (step < num_drafts) & (step < count)
     draft = tl.load(drafts + row * num_drafts + step, mask=valid, other=0)
-    rejects = False
-    if REJECTION:
-        rejects = is_rejection(is_coupled, temperature, row)
-    if rejects:
-        at = row * stride_row + step * stride_position + draft
-        x = load_logits(logits, at, valid, divisor, row, DIVIDED)
+    if REJECTION and is_rejection(is_coupled, temperature, row):
+        position, is_step = row * (num_drafts + 1) + step, step <= num_drafts
+        x = load_logits(logits, position * distance + draft, valid, divisor, row, DIVIDED)
         if CUT:
-            position, is_step = row * (num_drafts + 1) + step, step <= num_drafts
             threshold = tl.load(thresholds + position, mask=is_step, other=0.0)
             last_id = tl.load(last_ids + position, mask=is_step, other=0)
             largest = tl.load(cut_largest + position, mask=is_step, other=0.0)
@@ -157,7 +154,7 @@ def verify_triton(
     num_rows, num_positions, vocab_size = processed.shape
     num_drafts = num_positions - 1
     rejection = any_rejection and num_drafts > 0
-    sampled = any_coupled or (any_rejection and num_drafts == 0)
+    sampled = any_coupled or (any_rejection and not rejection)  # without, a survey needs half the registers
     tile = STATISTICS_TILE if rejection or cut is not None else tile_size(num_rows * num_positions, vocab_size)
     num_tiles = cdiv(vocab_size, tile)
     tokens = drafts.new_empty((num_rows, num_positions))
@@ -169,31 +166,38 @@ def verify_triton(
     maxima = processed.new_empty(parts, dtype=torch.float32)
     sums = torch.empty_like(maxima)
     statistics = processed.new_empty((num_rows, 2), dtype=torch.float32)
-    strides = (processed.stride(0), processed.stride(1))
+    processed, distance = evenly_spaced(processed)
     numbers: tuple[Tensor | None, ...] = (None,) * 4 if cut is None else cut
     kind, q = _drafted(draft_probs)
-    rows = (seed, first_position, temperature, is_coupled, divisor, *numbers[:2])
+    rows = (seed, first_position, temperature, is_coupled)
+    p = (divisor, *numbers[:2])
     how = {"DIVIDED": divisor is not None, "CUT": cut is not None}
     drafted = {"DRAFTED": kind, "Q_DIVIDED": q[1] is not None}
     _survey[(num_rows * num_positions, num_tiles)](
-        words, maxima, sums, processed, *rows, vocab_size, num_positions, *strides,
-        SAMPLED=sampled, REJECTION=rejection, **how, TILE=tile,
+        words, maxima, sums, processed, *rows, *p, vocab_size, num_positions, distance,
+        SAMPLED=sampled or cut is not None, REJECTION=rejection or cut is not None, **how, TILE=tile,
         num_warps=warps_of(tile) if cut is None else KEPT_WARPS,
     )  # fmt: skip
+    settled = (tokens, num_tokens, num_accepted, statistics, words, maxima, sums)
+    sizes = (vocab_size, num_drafts, num_tiles, distance)
+    shape = {"TILES": power_of_2(num_tiles), "STEPS": max(power_of_2(num_positions), MIN_STEPS), "num_warps": 4}
+    if not rejection:  # it reads words alone: one kernel, whatever the logits and the drafts' distribution are
+        _settle[(num_rows,)](
+            *settled, None, drafts, draft_counts, *(None,) * 6, *rows, *(None,) * 5, *sizes,
+            REJECTION=False, DRAFTED=0, Q_DIVIDED=False, DIVIDED=False, CUT=False, **shape,
+        )  # fmt: skip
+        return tokens, num_tokens, num_accepted
     _settle[(num_rows,)](
-        tokens, num_tokens, num_accepted, statistics, words, maxima, sums, processed, drafts, draft_counts, *q,
-        *rows, *numbers[2:], vocab_size, num_drafts, num_tiles, *strides,
-        REJECTION=rejection, **drafted, **how, TILES=power_of_2(num_tiles),
-        STEPS=max(power_of_2(num_positions), MIN_STEPS), num_warps=4,
+        *settled, processed, drafts, draft_counts, *q, *rows, *p, *numbers[2:], *sizes,
+        REJECTION=True, **drafted, **how, **shape,
     )  # fmt: skip
-    if rejection:
-        spare_words = torch.empty_like(words)
-        redraw[(num_rows, num_tiles)](
-            words, spare_words, num_accepted, statistics, processed, draft_counts, drafts, *q,
-            *rows, vocab_size, num_drafts, *strides, **drafted, **how, TILE=tile, num_warps=warps_of(tile),
-        )  # fmt: skip
-        finish[(num_rows,)](
-            tokens, words, spare_words, num_accepted, temperature, is_coupled, vocab_size, num_drafts, num_tiles,
-            TILES=power_of_2(num_tiles), num_warps=1,
-        )  # fmt: skip
+    spare_words = torch.empty_like(words)
+    redraw[(num_rows, num_tiles)](
+        words, spare_words, num_accepted, statistics, processed, draft_counts, drafts, *q,
+        *rows, *p, vocab_size, num_drafts, distance, **drafted, **how, TILE=tile, num_warps=warps_of(tile),
+    )  # fmt: skip
+    finish[(num_rows,)](
+        tokens, words, spare_words, num_accepted, temperature, is_coupled, vocab_size, num_drafts, num_tiles,
+        TILES=power_of_2(num_tiles), num_warps=1,
+    )  # fmt: skip
     return tokens, num_tokens, num_accepted
