@@ -24,6 +24,7 @@ from specserve.runtime.step import StepInputs, StepPacker
 from specserve.runtime.step_graphs import Sizes, StepGraphs, run_ragged
 from specserve.runtime.ticket import AskedLogprobs, EmptyStep, SampledStep, Ticket
 from specserve.runtime.warm_up import warm_up
+from specserve.runtime.warm_up_sampling import Expected, warm_up_sampling
 from specserve.sampling.batch import SamplingBatch
 from specserve.sampling.logprobs import logprobs
 from specserve.sampling.processors import prepare
@@ -125,7 +126,8 @@ class ModelRunner:
 
     def capture_graphs(self, sizes: Sizes, *, drafts: bool, with_adapters: bool, progress: bool) -> None:
         """Capture graphs of the steps that may come; from then on those steps are replayed. Larger steps are run once,
-        so that their kernels are compiled. `drafts`: verifications are to be expected."""
+        and tokens are chosen in every way, so that their kernels are compiled. `drafts`: verifications are to be
+        expected."""
         graphs = StepGraphs(self.target, self.draft, self.rows, sizes, drafts=drafts)
         self.graph_facts = graphs.capture(self.device, with_adapters=with_adapters, progress=progress)
         self.graphs = self.drafter.graphs = graphs
@@ -133,6 +135,13 @@ class ModelRunner:
             self.states, self.rows, max_tokens=sizes.max_tokens, max_context=sizes.max_context,
             with_adapters=with_adapters,
         )  # fmt: skip
+        if self.device.type != "cpu":  # where kernels are interpreted, if they run at all
+            self.warm_up_sampling(sizes.max_tokens if drafts else sizes.max_rows, drafts=drafts)
+
+    def warm_up_sampling(self, positions: int, *, drafts: bool) -> None:
+        """Choose tokens in every way, so that the kernels are compiled: for up to `positions` at once."""
+        spec, draft_dtype = self.target.model.spec, None if self.draft is None else self.draft.model.spec.dtype
+        warm_up_sampling(self.rows, spec.vocab_size, Expected(positions, drafts, spec.dtype, draft_dtype))
 
     def _note_drafts(self, row_index: Tensor, drafts: Drafts) -> None:
         """Put drafts behind the rows' committed tokens, where the target's forward reads its input."""
