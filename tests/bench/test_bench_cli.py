@@ -204,7 +204,8 @@ def test_vllms_flags_are_understood() -> None:
         "--burstiness 0.5 --max-concurrency 4 --ramp-up-strategy linear --ramp-up-start-rps 1 --ramp-up-end-rps 4 "
         "--goodput ttft:100 tpot:20 --ignore-eos --save-result --save-detailed --result-dir d --result-filename f "
         "--label l --lora-modules a b --lora-assignment round-robin --seed 3 --temperature 0 --top-k -1 "
-        "--num-warmups 0 --percentile-metrics ttft,tpot,itl,e2el --metric-percentiles 25,50,99 --metadata a=b --disable-tqdm"
+        "--num-warmups 0 --percentile-metrics ttft,tpot,itl,e2el --metric-percentiles 25,50,99 --metadata a=b "
+        "--disable-tqdm"
     )
     args = make_parser().parse_args(["bench", "serve", *flags.split()])
     assert (args.input_len, args.output_len, args.lora_modules, args.top_k) == (10, 20, ["a", "b"], -1)
