@@ -105,9 +105,9 @@ class Storage(Protocol):
         of the adapters. None: A is not behind the weights."""
 
 
-MOST_BEHIND = 1 / 8
+MOST_BEHIND = 1 / 16
 """Of a matrix' rows, how many more are multiplied to have x Aᵀ of all slots along with the output. Eight slots of rank
-16 are 1 to 6 % of an 8B's; from about a sixth on, it is faster to read x once more and only the A in use."""
+16 are 1 to 6 % of an 8B's; with sixteen, it is as fast to read x once more and only the A in use."""
 
 
 class DenseStorage:
