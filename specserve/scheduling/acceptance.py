@@ -19,7 +19,7 @@ from specserve.scheduling.cost_table import MAX_AUTO_DRAFTS
 
 FIRST_GUESS = 0.6  # of a proposer of which nothing is known
 PRIOR_WEIGHT = 3.0  # rounds that the prior is worth
-SLOW, FAST = 1.0 - 1.0 / 300.0, 1.0 - 1.0 / 16.0  # what a round leaves of the counts before it
+SLOW, FAST = 1.0 - 1.0 / 400.0, 1.0 - 1.0 / 16.0  # what a round leaves of the counts before it
 CHANGED = 0.33  # four standard deviations of a fast estimate at its widest
 ENOUGH = 6.0  # fast rounds, before they may say that something changed
 HOPE = 1.5  # deviations by which the first draft's probability is told higher than it seems

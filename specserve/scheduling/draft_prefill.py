@@ -1,7 +1,9 @@
 """Whose draft prefill pays.
 
 A row whose draft KV lies behind must be caught up before it can draft. That is paid for in advance, and drafting gives
-it back token by token; so it is judged more soberly than the choice of drafts is, which costs a step at a time.
+it back token by token; so it is judged more soberly than the choice of drafts is, which costs a step at a time: what
+drafting saves must be likely, not only hoped, and counts as far as it goes beyond a margin (draft_policy.py tells what
+that stands for).
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from specserve.scheduling.drafts import draft_gap
 from specserve.scheduling.request import Request
 
 HORIZON = 512  # tokens that an answer may be expected to go on for; one that is longer, as long again
-KNOWN, TRIED_ROWS = 24, 4  # rounds of a key, until more than a few of its rows pay for draft prefill
+KNOWN = 16  # rounds of a key, until more than a few of its rows pay for draft prefill …
+TRIED_ROWS, TRIED_DRAFTS = 4, 1  # … these few, and their drafts: a second one takes another pass and tells little
+MARGIN = 1.03  # times the tokens a millisecond of a step without drafts: what drafting saves begins there
 PAYS, PAYS_IF_HOPED = 1.3, 4.0  # times draft prefill's price that drafting must save, probably or with luck
 
 
 class Saving(NamedTuple):
-    """Milliseconds a token that drafting saves, as things probably are and as may be hoped; negative: it costs some."""
+    """Milliseconds a token that drafting saves beyond a margin, as things probably are and as may be hoped; negative:
+    it costs some."""
 
     likely: float
     hoped: float
@@ -44,7 +49,7 @@ class Saving(NamedTuple):
 
 def _saved(groups: Sequence[Group], drafts: Sequence[int], costs: StepCosts) -> float:
     none, some = evaluate(groups, (0,) * len(groups), costs), evaluate(groups, drafts, costs)
-    return none.milliseconds / none.worth - some.milliseconds / some.worth
+    return none.milliseconds / none.worth / MARGIN - some.milliseconds / some.worth
 
 
 def unpaid(gaps: Mapping[Request, int], saving: Saving, prices: Mapping[str, float]) -> set[Request]:

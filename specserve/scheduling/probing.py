@@ -2,8 +2,8 @@
 
 Rows whose key gets no drafts say nothing about their acceptance, and a batch that always drafts says nothing about a
 step without. So each millisecond of steps earns SHARE of a millisecond, and a probe is made when its whole price has
-been earned: the longer step, and the draft's prefill that it needs first. What was saved up is not spent at once: for a
-while no more than AT_ONCE of the time is.
+been earned: the longer step, and the draft's prefill that it needs first. What was saved up lets a probe be dear, not
+probes be many: the next one waits until its price is earned anew.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from specserve.scheduling.acceptance import Estimate
 from specserve.scheduling.drafts import draft_gap
 from specserve.scheduling.request import Request
 
-SHARE, AT_ONCE = 0.005, 0.01
+SHARE = 0.005
 MOST_SAVED = 250.0  # milliseconds: no more can be spent at once
 PROBE_DRAFTS = 2  # a row
 PROBE_ROWS = 4  # a step: they share the price of a pass
 
-FADE = 1.0 / 40.0  # of what is known of a key, by each probe: few should do to learn that a text has changed
+FADE = 1.0 / 25.0  # of what is known of a key, by each probe: few should do to learn that a text has changed
 
 Price = Callable[[Mapping[str, int], Mapping[str, int]], float]
 """Milliseconds that a step takes longer for (rows by proposer, tokens of draft prefill by proposer)."""
@@ -42,16 +42,16 @@ class Probing:
         self._draft_kv = draft_kv
         self._saved = 0.0
         self._wanted = 0.0  # what the next probe costs at least: until then nobody looks
-        self._rest = 0.0  # of the last price: until it is worn off, nothing is bought
+        self._rest = 0.0  # of the last price, not earned anew yet: until then nothing is bought
 
     def earn(self, milliseconds: float) -> None:
         """A step took so long."""
         self._saved = min(MOST_SAVED, self._saved + SHARE * milliseconds)
-        self._rest = max(0.0, self._rest - AT_ONCE * milliseconds)
+        self._rest = max(0.0, self._rest - SHARE * milliseconds)
 
     def buy(self, price: float) -> bool:
-        """Pay for something that is learnt in another way, if there is enough."""
-        if price > self._saved or self._rest:
+        """Pay for something that is learnt in another way, if there is enough or it costs nothing."""
+        if price > 0.0 and (price > self._saved or self._rest):
             return False
         self._pay(price)
         return True
@@ -59,7 +59,7 @@ class Probing:
     def _pay(self, price: float) -> None:
         price = max(0.0, price)
         self._saved -= price
-        self._rest = price
+        self._rest += price
         self.spent += price
         self._wanted = 0.0
 

@@ -44,17 +44,17 @@ def gpu_like(*, base: float = 6.0, token: float = 0.02, dear_from: int = 320, de
 
 
 def h200_like() -> CostTable:
-    """An 8B and a 1B in bfloat16 on an H200, at short contexts, from measured rounds: more than 256 tokens are dear."""
+    """An 8B and a 1B in bfloat16 on an H200, at no context, from measured rounds: more than 256 tokens are dear."""
     verified = {
-        1: [(2, 3.98), (5, 4.05), (8, 4.1)],
-        8: [(9, 4.35), (16, 4.5), (40, 4.9), (64, 5.4)],
-        32: [(33, 4.9), (64, 5.3), (128, 5.7), (256, 9.0)],
-        128: [(129, 6.6), (256, 9.2), (384, 13.0), (512, 17.0)],
+        1: [(2, 3.98), (5, 4.0), (8, 4.05)],
+        8: [(9, 4.25), (16, 4.3), (40, 4.65), (64, 5.1)],
+        32: [(33, 4.6), (64, 4.8), (128, 5.4), (160, 5.9), (256, 8.4)],
+        128: [(129, 6.4), (256, 8.7), (384, 13.0), (512, 17.0)],
         256: [(257, 10.2), (512, 17.0)],
     }
-    a_pass = Curve([(1, 0.93), (8, 0.95), (32, 1.0), (128, 1.35), (256, 1.9)])
+    a_pass = Curve([(1, 0.92), (8, 0.95), (32, 1.0), (128, 1.35), (256, 1.9)])
     return CostTable(
-        decode=Curve([(1, 3.92), (8, 4.03), (32, 4.24), (64, 4.7), (128, 5.7), (256, 9.1)]),
+        decode=Curve([(1, 3.92), (8, 4.02), (32, 4.22), (64, 4.7), (128, 5.6), (256, 9.1)]),
         verify=[(rows, Curve(points)) for rows, points in verified.items()],
         drafting={"draft": DraftCosts(a_pass, a_pass, catch_up=Curve([(16, 0.9), (256, 1.3), (1024, 3.4)]))},
     )
