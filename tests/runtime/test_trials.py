@@ -71,6 +71,27 @@ def test_a_table_is_what_the_machine_takes(depth: int) -> None:
     assert table.catch_up("ngram+draft_model", 300) == pytest.approx(3.0)
 
 
+class Stepped(Machine):
+    """Steps of more than 128 tokens are another kind."""
+
+    def seconds(self, plan: StepPlan) -> float:
+        tokens = sum(1 + row.num_drafts for row in plan.rows)
+        return super().seconds(plan) + (0.02 if tokens > 128 else 0.0)
+
+
+def test_what_lies_before_a_jump_is_not_thought_dear() -> None:
+    """With 32 rows three drafts are the last before it."""
+    machine = Stepped()
+    trials = Trials(machine, max_model_len=2048, depth=1, seconds=60.0, clock=machine.clock)
+    table = measure_costs(trials, max_rows=64, max_tokens=8192, proposers=["draft_model", "ngram"])
+    assert table is not None
+    for tokens in (64, 96, 128):
+        assert table.target(32, tokens) == pytest.approx(13.0 + 0.1 * tokens)
+    assert table.target(32, 160) == pytest.approx(33.0 + 0.1 * 160)
+    tried = {tuple(row.num_drafts for row in plan.rows) for plan in machine.plans}
+    assert (3,) * 32 in tried and (3,) * 8 not in tried, "only where it jumps"
+
+
 class Distracted(Machine):
     """Every other result is noticed 4 ms late, while the next step runs on."""
 

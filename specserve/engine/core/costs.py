@@ -13,6 +13,7 @@ SECONDS = {"cpu": 0.8, "cuda": 3.0}  # for all trials
 FREE = "ngram"  # the proposer whose drafts count as free: always there, and one small launch
 DRAFTER = "draft_model"
 FEW, SOME = 1, 4  # drafts, from which the first pass and the further ones are told apart
+EDGE = 128  # tokens that a device's products of few rows take, adapters inside; one more is another kind of step
 CATCH_UP, LONG = (16, 256, 1024), 20.0  # tokens; milliseconds beyond which more of them are not tried
 
 Milliseconds = Callable[[Trial], float | None]
@@ -85,14 +86,15 @@ def _measure_rows(found: _Found, milliseconds: Milliseconds, rows: int, room: in
 
 
 def _measure_edges(found: _Found, milliseconds: Milliseconds, rows: int, room: int) -> None:
-    """The ends of a curve that has a middle: a single draft, which has left the decode step, and as many as may be."""
+    """The ends of a curve that has a middle: a single draft, which has left the decode step, and as many as may be; and
+    where it jumps, lest what lies before the jump be thought half as dear as what lies behind it."""
     if rows not in found.verify:
         return
-    wanted = [(rows * (1 + MAX_AUTO_DRAFTS), uniform(rows, MAX_AUTO_DRAFTS, FREE))]
-    if rows > 1:
-        wanted.insert(0, (rows + 1, one_draft(rows, FREE)))
+    wanted = [(rows + 1, one_draft(rows, FREE))]
+    wanted += [(rows * (1 + drafts), uniform(rows, drafts, FREE)) for drafts in (MAX_AUTO_DRAFTS, EDGE // rows - 1)]
     for tokens, trial in wanted:
-        if tokens <= room and (taken := milliseconds(trial)) is not None:
+        known = tokens in found.verify[rows] or not rows < tokens <= min(room, rows * (1 + MAX_AUTO_DRAFTS))
+        if not known and (taken := milliseconds(trial)) is not None:
             found.verify[rows][tokens] = taken
 
 
