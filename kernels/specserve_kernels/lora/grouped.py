@@ -176,11 +176,10 @@ def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
     most = 64 if traits.lies == "dense" else min(most_ranks, power_of_2(traits.rank_stride))
     ranks = min(most, 32) if factor == tl.float32 else most
     wide = ranks if factor == tl.float32 or not traits.mixed else max(ranks, most_ranks)
-    behind: dict[str, object] = {}
     if traits.lies == "behind":  # weighing takes registers, and fewer programs at once cost more than further loops
         ranks = wide = 16
-        behind["maxnreg"] = 168
-    return behind | {
+    registers: dict[str, object] = {"maxnreg": 168} if traits.lies == "behind" and traits.pdl else {}
+    return registers | {
         "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "S": traits.lies,
         "RANKS": ranks, "WIDE": wide, "FACTOR": factor,
         "PRECISION": _PRECISIONS[traits.dtype], "PDL": traits.pdl, "num_warps": 4, "launch_pdl": traits.pdl,

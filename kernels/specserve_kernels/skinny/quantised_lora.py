@@ -59,9 +59,10 @@ def _first_b(b, blocks, count, column, inside, rank_stride, out_dim, GATED: tl.c
 def _delta(first, s, b, token_slots, blocks, count, part, column, inside, rank_stride, s_stride, b_stride,
            M: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Σ s·B [columns, TOKENS] at these columns, all of one part, whose B of the first ranks is `first`."""
-    shrunk = load_s(s, token_slots, blocks, count, 0, 0, part, rank_stride, s_stride, M, TOKENS, PARTS, _RANKS, True)
-    delta = s_by_b(shrunk, first, s, b, token_slots, blocks, count, 0, part, column, inside, rank_stride, s_stride,
-                   b_stride, M, TOKENS, PARTS, _RANKS, _RANKS, True, tl.bfloat16, "tf32")  # fmt: skip
+    shrunk = load_s(s, token_slots, 1.0, blocks, count, 0, 0, part, rank_stride, s_stride, M, TOKENS, PARTS, _RANKS,
+                    "dense")  # fmt: skip
+    delta = s_by_b(shrunk, first, s, b, token_slots, None, blocks, count, 0, part, column, inside, 0, rank_stride,
+                   s_stride, b_stride, M, TOKENS, PARTS, _RANKS, _RANKS, "dense", tl.bfloat16, "tf32")  # fmt: skip
     return tl.trans(delta)
 
 
