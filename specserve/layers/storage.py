@@ -98,7 +98,7 @@ class Storage(Protocol):
 
     @property
     def behind(self) -> Tensor | None:
-        """Rows [n, in] behind the weights, for the A of linear `linear_index` in all slots; None: there are none."""
+        """Rows [n, in] behind the weights, for the A of this linear's adapters in all slots; None: there are none."""
 
     def matmul_behind(self, x: Tensor, lora: LoraApplier, linear_index: int) -> tuple[Tensor, Shrunk] | None:
         """`matmul` of x by weights and A together: the output [T, out], whose rows may lie apart, and the first half
