@@ -182,19 +182,21 @@ class AdapterPool:
         return AdapterWork.MANY if blocks > MANY_BLOCKS else AdapterWork.SOME
 
     def device_batch(
-        self, token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, work: AdapterWork = AdapterWork.SOME
-    ) -> GroupedLora:
+        self, token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, work: AdapterWork = AdapterWork.SOME,
+        max_query_len: int | None = None,
+    ) -> GroupedLora:  # fmt: skip
         """What the linears need to apply adapters to T = len(token_rows) tokens, all of it read on the device.
 
         `token_rows` [T] int64: each token's row; `row_slots` [R, M] int64 (negative: none) and `row_weights` [R, M]
         float32: the row's adapters, a slot named twice counts with the sum. Part of a forward: made inside its graph,
         so that a replay sees the rows and slots of its own time. `work` is what to expect of them: right for any, fast
-        for this. Where `grouped` is False, see `make_batch`.
+        for this. No row has more tokens than `max_query_len` (None: any number). Where `grouped` is False, see
+        `make_batch`.
         """
         assert self.grouped, "slots lie as make_batch reads them"
         return grouped_lora(
             self._slot_factors, self._rank_stride, self.slot_ranks, token_rows, row_slots, row_weights,
-            many=work is AdapterWork.MANY, behind=self._behind,
+            many=work is AdapterWork.MANY, behind=self._behind, max_query_len=max_query_len,
         )  # fmt: skip
 
     def make_batch(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> LoraBatch | None:

@@ -109,6 +109,9 @@ class ModelState:
         if work is AdapterWork.NONE:
             return None
         if self.adapters.grouped:
-            return self.adapters.device_batch(layout.token_rows, rows.adapter_slots, rows.adapter_weights, work)
+            longest = max(layout.query_lens) if layout.query_lens else layout.max_query_len
+            return self.adapters.device_batch(
+                layout.token_rows, rows.adapter_slots, rows.adapter_weights, work, longest
+            )
         assert layout.query_lens is not None, "ragged layouts are for devices with grouped adapters"
         return self.adapters.make_batch([rows.adapters[row] for row in layout.rows], layout.query_lens)

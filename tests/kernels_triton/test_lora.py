@@ -43,8 +43,8 @@ class Mix(NamedTuple):
     row_weights: Tensor
     slot_ranks: Tensor
 
-    def lora(self, linears: list[SlotFactors], max_rank: int = MAX_RANK) -> GroupedLora:
-        return grouped_lora(linears, max_rank, self.slot_ranks, *self[:3], behind=True)
+    def lora(self, linears: list[SlotFactors], max_rank: int = MAX_RANK, longest: int | None = None) -> GroupedLora:
+        return grouped_lora(linears, max_rank, self.slot_ranks, *self[:3], behind=True, max_query_len=longest)
 
 
 def mixed(tokens: int, device: torch.device, seed: int = 0) -> Mix:
@@ -107,8 +107,9 @@ def test_mixed_batches(tokens: int, dtype: torch.dtype, device: torch.device) ->
         close(got, oracle(x, y, linear, mix))
         idle = mix.token_rows <= 0  # no row, or the row without slots
         assert torch.equal(got[idle], y[idle])
-        if dtype != torch.float16:
-            product, update = split(batch, index, x, y)
+        for longest in (None, 1) if dtype != torch.float16 else ():  # read where it lies, and gathered
+            product, update = split(mix.lora(linears, longest=longest), index, x, y)
+            assert update.lies == ("dense" if longest else "behind")
             total = torch.ones_like(y)
             update.add_to(total, product)
             close(total, oracle(x, y.double() + 1, linear, mix))
@@ -154,13 +155,13 @@ def test_gated(
     linear = factors(24, (2 * size,) if merged else (size, size), dtype, device)
     x, y = (randn(tokens, width, dtype=dtype, device=device) for width in (24, 2 * size))
     want = silu_mul_ref(oracle(x, y, linear, mix))
-    batch = mix.lora([linear])
-    product, behind = split(batch, 0, x, y)
-    close(batch.update(0, x).silu_mul(y), want)
-    close(behind.silu_mul(product), want)
+    close(mix.lora([linear]).update(0, x).silu_mul(y.clone()), want)
+    for longest in (None, 1):
+        product, update = split(mix.lora([linear], longest=longest), 0, x, y)
+        close(update.silu_mul(product), want)
 
 
-@pytest.mark.parametrize("cut", ["few", "many", "behind"])
+@pytest.mark.parametrize("cut", ["few", "many", "behind", "gathered"])
 @pytest.mark.parametrize(("tokens", "dtype"), [(3, torch.float32), (37, torch.bfloat16)])
 @pytest.mark.parametrize("norm", [True, False])
 def test_rotated(
@@ -186,8 +187,8 @@ def test_rotated(
         oracle(x, y, linear, mix), cos.double(), sin.double(), wide_caches[0], wide_caches[1], slots,
         heads=heads, norm=wide_norm, finite=True,
     )  # fmt: skip
-    batch = mix.lora([linear])
-    y, update = split(batch, 0, x, y) if cut == "behind" else (y, batch.update(0, x))
+    batch = mix.lora([linear], longest=1 if cut == "gathered" else None)
+    y, update = split(batch, 0, x, y) if cut in ("behind", "gathered") else (y, batch.update(0, x))
     got = update.rotate_and_cache(y, cos, sin, caches[0], caches[1], slots, heads=heads, norm=head_norm, finite=True)
     close(got, want)
     close(caches, wide_caches)
@@ -205,12 +206,13 @@ def test_many_adapters(device: torch.device) -> None:
     linear = factors(16, (16,), torch.float32, device, ranks, 256)
     x, y = (randn(count + 130, 16, dtype=torch.float32, device=device, seed=seed) for seed in (0, 1))
     want = oracle(x, y, linear, mix)
-    batch = mix.lora([linear], 256)
-    product, behind = split(batch, 0, x, y)
-    batch.update(0, x).add_to(y)
+    product, behind = split(mix.lora([linear], 256), 0, x, y)
+    gathered_product, gathered = split(mix.lora([linear], 256, 1), 0, x, y)
+    mix.lora([linear], 256).update(0, x).add_to(y)
+    for out, update in ((product, behind), (gathered_product, gathered)):
+        update.add_to(out)
+        close(out, want)
     close(y, want)
-    behind.add_to(product)
-    close(product, want)
 
 
 def test_decodes_among_a_prompt(device: torch.device) -> None:
@@ -225,11 +227,12 @@ def test_decodes_among_a_prompt(device: torch.device) -> None:
     x, y = (randn(total, width, dtype=dtype, device=device) for width in (16, 32))
     want = oracle(x, y, linear, mix)
     batch = mix.lora([linear], 8)
-    product, behind = split(batch, 0, x, y)
+    for one in (batch, mix.lora([linear], 8, 1)):
+        product, update = split(one, 0, x, y)
+        close(update.silu_mul(product), silu_mul_ref(want))
     close(batch.update(0, x).silu_mul(y.clone()), silu_mul_ref(want))
     batch.update(0, x).add_to(y)
     close(y, want)
-    close(behind.silu_mul(product), silu_mul_ref(want))
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 200])
@@ -271,14 +274,15 @@ def test_nothing_to_add(device: torch.device) -> None:
     close(got, silu_mul_ref(gate_up))
 
 
-@pytest.mark.parametrize("cut", ["few", "many"])
+@pytest.mark.parametrize("cut", ["few", "many", "behind", "gathered"])
 def test_a_row_does_not_depend_on_its_neighbours(
     cut: str, device: torch.device, request: pytest.FixtureRequest
 ) -> None:
     """Bitwise: the same again, and the same when every other row has other adapters; overflows stay where they are."""
     if cut == "many":
         request.getfixturevalue("many")
-    dtype, tokens = torch.float16, 20
+    behind, tokens = cut in ("behind", "gathered"), 20
+    dtype, large = (torch.float32, 1e38) if behind else (torch.float16, 6e4)
     linear = factors(40, (24, 8), dtype, device)
     mix = mixed(tokens, device)
     mix.row_slots[3] = torch.tensor([0, 4, -1])
@@ -287,14 +291,15 @@ def test_a_row_does_not_depend_on_its_neighbours(
     x, y = (randn(tokens, width, dtype=dtype, device=device) for width in (40, 32))
 
     def apply(x: Tensor) -> Tensor:
-        out = y.clone()
-        mix.lora([linear]).update(0, x).add_to(out)
+        batch = mix.lora([linear], longest=1 if cut == "gathered" else None)
+        out, update = split(batch, 0, x, y) if behind else (y.clone(), batch.update(0, x))
+        update.add_to(out)
         return out
 
     first = apply(x)
     assert torch.equal(apply(x), first)
     row_3 = mix.token_rows == 3
-    huge = torch.where(row_3[:, None], x, x * 6e4)
+    huge = torch.where(row_3[:, None], x, x * large)
     mix.row_slots[4:] = torch.tensor([0, 4, 3])
     second = apply(huge)
     assert not second[~row_3].isfinite().all()

@@ -3,11 +3,11 @@
     Δ[token, c] = Σ_slot Σ_r s[token, slot, p, r] · b[slot * R + r, c]
 
 over the slots of the token, p being the part that column c belongs to; s, in the dtype of the product, lies in one of
-three ways: "dense" or "compact", as `shrink` leaves it, or "behind" the linear's output in each token's row, left by a
-product whose weights have A behind them: x · Aᵀ of all slots [T, S * P * R], which is weighted here. b [S * R,
-out_features] in the model's dtype: row slot * R + r is rank r of a slot over the columns of all parts. All products in
-float32, y included, and rounded once. A tile's rank blocks are taken together, with zeros for the tokens that do not
-use them, which leave sums as they are: a token's result does not depend on the others.
+three ways: "dense" or "compact", as `shrink` or `gather` leaves it, or "behind" the linear's output in each token's
+row, left by a product whose weights have A behind them: x · Aᵀ of all slots [T, S * P * R], which is weighted here.
+b [S * R, out_features] in the model's dtype: row slot * R + r is rank r of a slot over the columns of all parts. All
+products in float32, y included, and rounded once. A tile's rank blocks are taken together, with zeros for the tokens
+that do not use them, which leave sums as they are: a token's result does not depend on the others.
 
     add      y += Δ                         or y += product + Δ
     silu     silu(gate + Δ) * (up + Δ)      gate and up: the halves of y, of one part each
@@ -29,10 +29,10 @@ MAX_PARTS = 4
 
 
 @triton.jit
-def load_weights(weights, blocks, count, done, tile, most, TILE: tl.constexpr, RANKS: tl.constexpr, S: tl.constexpr):
+def load_weights(weights, blocks, count, done, tile, most, TILE: tl.constexpr, RANKS: tl.constexpr, LIES: tl.constexpr):
     """What the tile's tokens weigh the ranks from block `done` on with, where that is not in s: [TILE, RANKS], or
     [TILE, 1] of a single block."""
-    if S == "behind":
+    if LIES == "behind":
         token = tile * TILE + tl.arange(0, TILE)[:, None]
         block = done if RANKS == 16 else done + tl.arange(0, RANKS)[None, :] // 16
         return tl.load(weights + token * most + block, mask=block < count, other=0.0)
@@ -42,13 +42,13 @@ def load_weights(weights, blocks, count, done, tile, most, TILE: tl.constexpr, R
 
 @triton.jit
 def load_s(s, token_slots, weight, blocks, count, done, tile, part, rank_stride, s_stride, M: tl.constexpr,
-           TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, S: tl.constexpr):  # fmt: skip
+           TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, LIES: tl.constexpr):  # fmt: skip
     """s [TILE, RANKS] of the tile's tokens from block `done` on, zeros where a token does not have a rank."""
     lane, row = tl.arange(0, RANKS)[None, :], tl.arange(0, TILE)[:, None]
-    if S == "dense":
+    if LIES == "dense":
         at = s + ((tile * PARTS + part) * TILE + row) * s_stride + done * 16 + lane
         return tl.load(at, mask=(row >= 0) & (done < count), other=0.0)  # nothing was written of a tile without blocks
-    elif S == "compact":
+    elif LIES == "compact":
         block, token = done + lane // 16, tile * TILE + row
         code = tl.load(blocks + block, mask=block < count, other=-131072)  # of slot -2, which nobody has
         begin = token * 0 - 1
@@ -79,15 +79,15 @@ def load_b(b, blocks, count, done, column, inside, rank_stride, b_stride, RANKS:
 @triton.jit
 def s_by_b(shrunk, factors, s, b, token_slots, weights, blocks, count, tile, part, column, inside, most,
            rank_stride, s_stride, b_stride, M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
-           RANKS: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr,
+           RANKS: tl.constexpr, WIDE: tl.constexpr, LIES: tl.constexpr, FACTOR: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
     """Δ [TILE, COLUMNS] of all blocks; `shrunk` and `factors` are those of the first RANKS ranks. A tile with more has
     many, of decodes among a prompt's: these are taken WIDE at a time."""
     total = tl.dot(shrunk, factors, input_precision=PRECISION)
-    for done in tl.range(RANKS // 16, count, WIDE // 16, num_stages=3 if S == "dense" else 1):
-        weight = load_weights(weights, blocks, count, done, tile, most, TILE, WIDE, S)
+    for done in tl.range(RANKS // 16, count, WIDE // 16, num_stages=3 if LIES == "dense" else 1):
+        weight = load_weights(weights, blocks, count, done, tile, most, TILE, WIDE, LIES)
         more = load_s(s, token_slots, weight, blocks, count, done, tile, part, rank_stride, s_stride, M, TILE, PARTS,
-                      WIDE, S)  # fmt: skip
+                      WIDE, LIES)  # fmt: skip
         more_factors = load_b(b, blocks, count, done, column, inside, rank_stride, b_stride, WIDE, FACTOR)
         total = tl.dot(more, more_factors, total, input_precision=PRECISION)
     return total
@@ -112,7 +112,7 @@ def add_kernel(
     y, product, b, s, token_slots, weights, counts, blocks,
     w0, w1, w2, w3, num_tokens, most, rank_stride, s_stride, b_stride, y_stride, product_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    LOOPS: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    LOOPS: tl.constexpr, WIDE: tl.constexpr, LIES: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """y += Δ, and `product` if it is given: a tile and LOOPS times COLUMNS columns of one part a program."""
@@ -122,7 +122,7 @@ def add_kernel(
     c = first + tl.arange(0, COLUMNS)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     factors = load_b(b, blocks, count, 0, start + c, c < width, rank_stride, b_stride, RANKS, FACTOR)
-    weight = load_weights(weights, blocks, count, 0, tile, most, TILE, RANKS, S)
+    weight = load_weights(weights, blocks, count, 0, tile, most, TILE, RANKS, LIES)
     wait(PDL)
     if (count == 0) & (product is None):
         return
@@ -132,7 +132,7 @@ def add_kernel(
         more_at = product + (token * product_stride + start + c)
         base = base.to(tl.float32) + tl.load(more_at, mask=inside, other=0.0).to(tl.float32)
     shrunk = load_s(s, token_slots, weight, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS,
-                    RANKS, S)  # fmt: skip
+                    RANKS, LIES)  # fmt: skip
     for loop in range(LOOPS):
         # What the next columns need is on its way while these are computed.
         next_c = c + COLUMNS
@@ -144,7 +144,7 @@ def add_kernel(
         next_factors = load_b(b, blocks, count, 0, start + next_c, (next_c < width) & (loop + 1 < LOOPS),
                               rank_stride, b_stride, RANKS, FACTOR)  # fmt: skip
         delta = s_by_b(shrunk, factors, s, b, token_slots, weights, blocks, count, tile, part, start + c,
-                       c < width, most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
+                       c < width, most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, LIES, FACTOR,
                        PRECISION)  # fmt: skip
         tl.store(at, (base.to(tl.float32) + delta).to(y.dtype.element_ty), mask=inside)
         at, c, inside, base, factors = at + COLUMNS, next_c, next_inside, next_base, next_factors
@@ -156,7 +156,7 @@ def silu_kernel(
     y, b, s, out, token_slots, weights, counts, blocks,
     size, num_tokens, most, rank_stride, s_stride, b_stride, y_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    LOOPS: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    LOOPS: tl.constexpr, WIDE: tl.constexpr, LIES: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """out [T, size] of y [T, 2 * size]: a tile and LOOPS times COLUMNS results a program."""
@@ -166,14 +166,14 @@ def silu_kernel(
     token = tile * TILE + tl.arange(0, TILE)[:, None]
     gates = load_b(b, blocks, count, 0, c, c < size, rank_stride, b_stride, RANKS, FACTOR)
     ups = load_b(b, blocks, count, 0, size + c, c < size, rank_stride, b_stride, RANKS, FACTOR)
-    weight = load_weights(weights, blocks, count, 0, tile, most, TILE, RANKS, S)
+    weight = load_weights(weights, blocks, count, 0, tile, most, TILE, RANKS, LIES)
     wait(PDL)
     row, inside = y + token.to(tl.int64) * y_stride, (token < num_tokens) & (c < size)
     gate, up = tl.load(row + c, mask=inside, other=0.0), tl.load(row + size + c, mask=inside, other=0.0)
     to_gate = load_s(s, token_slots, weight, blocks, count, 0, tile, 0, rank_stride, s_stride, M, TILE, PARTS,
-                     RANKS, S)  # fmt: skip
+                     RANKS, LIES)  # fmt: skip
     to_up = load_s(s, token_slots, weight, blocks, count, 0, tile, PARTS - 1, rank_stride, s_stride, M, TILE,
-                   PARTS, RANKS, S)  # fmt: skip
+                   PARTS, RANKS, LIES)  # fmt: skip
     for loop in range(LOOPS):
         next_c = c + COLUMNS
         more = (next_c < size) & (loop + 1 < LOOPS)
@@ -183,11 +183,11 @@ def silu_kernel(
         next_gates = load_b(b, blocks, count, 0, next_c, more, rank_stride, b_stride, RANKS, FACTOR)
         next_ups = load_b(b, blocks, count, 0, size + next_c, more, rank_stride, b_stride, RANKS, FACTOR)
         delta = s_by_b(to_gate, gates, s, b, token_slots, weights, blocks, count, tile, 0, c, c < size,
-                       most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
+                       most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, LIES, FACTOR,
                        PRECISION)  # fmt: skip
         x = gate.to(tl.float32) + delta
         delta = s_by_b(to_up, ups, s, b, token_slots, weights, blocks, count, tile, PARTS - 1, size + c, c < size,
-                       most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
+                       most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, LIES, FACTOR,
                        PRECISION)  # fmt: skip
         result = gated(x, up.to(tl.float32) + delta).to(out.dtype.element_ty)
         tl.store(out + token.to(tl.int64) * size + c, result, mask=inside)
@@ -201,7 +201,7 @@ def rotate_kernel(
     q_ptr, k_ptr, v_ptr, w0, w1, w2, num_tokens, most, rank_stride, s_stride, b_stride, y_stride, k_stride, v_stride,
     M: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, RANKS: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LOOPS: tl.constexpr,
-    FINITE: tl.constexpr, WIDE: tl.constexpr, S: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
+    FINITE: tl.constexpr, WIDE: tl.constexpr, LIES: tl.constexpr, FACTOR: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile and LOOPS heads of one part a program; BLOCK: half of a head, padded."""
@@ -216,11 +216,11 @@ def rotate_kernel(
     at, row = head * DIM + column, y + token.to(tl.int64) * y_stride
     lows = load_b(b, blocks, count, 0, at, half, rank_stride, b_stride, RANKS, FACTOR)
     highs = load_b(b, blocks, count, 0, at + HALF, half, rank_stride, b_stride, RANKS, FACTOR)
-    weight = load_weights(weights, blocks, count, 0, tile, most, TILE, RANKS, S)
+    weight = load_weights(weights, blocks, count, 0, tile, most, TILE, RANKS, LIES)
     wait(PDL)
     low, high = tl.load(row + at, mask=inside, other=0.0), tl.load(row + at + HALF, mask=inside, other=0.0)
     shrunk = load_s(s, token_slots, weight, blocks, count, 0, tile, part, rank_stride, s_stride, M, TILE, PARTS,
-                    RANKS, S)  # fmt: skip
+                    RANKS, LIES)  # fmt: skip
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=0)
     cos, sin = load_angles(cos_ptr, sin_ptr, token.to(tl.int64), column, inside & is_rotated, DIM)
     for loop in range(LOOPS):
@@ -231,10 +231,10 @@ def rotate_kernel(
         next_lows = load_b(b, blocks, count, 0, next_at, more, rank_stride, b_stride, RANKS, FACTOR)
         next_highs = load_b(b, blocks, count, 0, next_at + HALF, more, rank_stride, b_stride, RANKS, FACTOR)
         delta = s_by_b(shrunk, lows, s, b, token_slots, weights, blocks, count, tile, part, at, half, most, rank_stride,
-                       s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR, PRECISION)  # fmt: skip
+                       s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, LIES, FACTOR, PRECISION)  # fmt: skip
         first = low.to(tl.float32) + delta
         delta = s_by_b(shrunk, highs, s, b, token_slots, weights, blocks, count, tile, part, at + HALF, half,
-                       most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, S, FACTOR,
+                       most, rank_stride, s_stride, b_stride, M, TILE, PARTS, RANKS, WIDE, LIES, FACTOR,
                        PRECISION)  # fmt: skip
         second = high.to(tl.float32) + delta
         is_rotated = head < HEADS + KV_HEADS

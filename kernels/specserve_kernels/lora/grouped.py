@@ -3,12 +3,13 @@
     y[t] += Σ_j row_weights[row, j] · B_slot (A_slot x[t])        row = token_rows[t], slot = row_slots[row, j]
 
 for each part of a merged linear, which has its own A and its own columns of y. Which blocks of ranks the tokens use is
-worked out once a forward (`lora_tiles`). Each linear then takes one launch of its own, `shrink`, or none where A lies
-behind its weights, whose product gives x Aᵀ of all slots along with its output; the second product is added by the
-kernel that reads the linear's output. Products of few tokens do both halves themselves (`fold`). But for that one
-product, only the real ranks of the slots in use are read. Everything that changes from step to step lies on the device,
-launches depend on shapes alone. Products are summed in float32; the shrunk activations are rounded to the model's dtype
-for the second product where it has float32's range, and to TF32 for float16, which has not.
+worked out once a forward (`lora_tiles`). Each linear then takes a launch of its own, `shrink`; where A lies behind its
+weights, whose product gives x Aᵀ of all slots along with its output, a smaller one or none (`gather`). The second
+product is added by the kernel that reads the linear's output. Products of few tokens do both halves themselves
+(`fold`). But for the product of A behind W, only the real ranks of the slots in use are read. Everything that changes
+from step to step lies on the device, launches depend on shapes alone. Products are summed in float32; the shrunk
+activations are rounded to the model's dtype for the second product where it has float32's range, and to TF32 for
+float16, which has not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from specserve_kernels.activation import silu_mul
 from specserve_kernels.language import cdiv, power_of_2, tl
 from specserve_kernels.lora.expand import MAX_PARTS, add_kernel, rotate_kernel, silu_kernel
 from specserve_kernels.lora.folded import MOST_FOLDED, Folded
+from specserve_kernels.lora.gather import gather_shrunk
 from specserve_kernels.lora.shrink import arrivals_of, shrink, shrink_cut
 from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, block_weights, lora_tiles
 from specserve_kernels.overlap import overlaps
@@ -180,7 +182,7 @@ def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
         ranks = wide = 16
     registers: dict[str, object] = {"maxnreg": 168} if traits.lies == "behind" and traits.pdl else {}
     return registers | {
-        "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "S": traits.lies,
+        "M": traits.per_row, "TILE": traits.tile, "PARTS": traits.parts, "LIES": traits.lies,
         "RANKS": ranks, "WIDE": wide, "FACTOR": factor,
         "PRECISION": _PRECISIONS[traits.dtype], "PDL": traits.pdl, "num_warps": 4, "launch_pdl": traits.pdl,
     }  # fmt: skip
@@ -219,6 +221,7 @@ class GroupedLora:
     counters: Tensor  # zeros: `ready` of each linear for `fold`, then the arrivals of either
     whole: LoraTiles | None  # all tokens in one tile, where they are few
     weights: Tensor | None = None  # of the tiles' blocks, where products may give s along with their output
+    gathers: bool = False  # tiles hold several requests' tokens: what lies behind an output is gathered
 
     @property
     def foldable(self) -> bool:
@@ -253,11 +256,14 @@ class GroupedLora:
     def split(self, linear_index: int, y: Tensor) -> tuple[Tensor, Shrunk]:
         """y [T, out_features + S * P * R], of a product whose weights have `a` of linear `linear_index` behind them:
         the output [T, out_features], rows apart, and the first half of its adapters."""
-        a, b, _ = self.linears[linear_index]
-        assert self.splits, self.num_tokens
+        a, b, widths = self.linears[linear_index]
+        assert self.weights is not None, self.num_tokens
         assert y.shape == (self.num_tokens, b.shape[1] + a.shape[0]) and y.dtype == a.dtype, (y.shape, y.dtype, a.dtype)
         output, s = y.split_with_sizes((b.shape[1], a.shape[0]), 1)
-        return output, self._shrunk(linear_index, s, "behind")
+        if not self.gathers:
+            return output, self._shrunk(linear_index, s, "behind")
+        s = gather_shrunk(s, len(widths), self.rank_stride, self.tiles, self.weights)
+        return output, self._shrunk(linear_index, s, "dense")
 
     def _shrunk(self, linear_index: int, s: Tensor, lies: str) -> Shrunk:
         a, b, widths = self.linears[linear_index]
@@ -270,11 +276,12 @@ class GroupedLora:
 def grouped_lora(
     linears: Sequence[SlotFactors], max_rank: int, slot_ranks: Tensor,
     token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, *, many: bool = False, behind: bool = False,
+    max_query_len: int | None = None,
 ) -> GroupedLora:  # fmt: skip
     """What T = len(token_rows) tokens use: part of every forward, inside the captured graph.
 
     slot_ranks [S] int64, 0 for an empty slot, none above max_rank; the others as in `lora_tiles`. `behind`: some linear
-    has its A behind its weights.
+    has its A behind its weights. `max_query_len`: no row has more tokens (None: any number).
     """
     inputs, num_tokens = (token_rows, row_slots, row_weights, slot_ranks, max_rank), token_rows.shape[0]
     tiles = lora_tiles(*inputs)
@@ -285,4 +292,5 @@ def grouped_lora(
     counters = tiles.blocks.new_zeros(len(linears) + arrivals)
     stride = cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK
     weights = block_weights(tiles) if behind and num_tokens >= FEWEST_SPLIT else None
-    return GroupedLora(linears, stride, tiles, num_tokens, many, counters, whole, weights)
+    gathers = max_query_len is not None and max_query_len < tiles.tile
+    return GroupedLora(linears, stride, tiles, num_tokens, many, counters, whole, weights, gathers)
