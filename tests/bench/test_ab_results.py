@@ -1,4 +1,4 @@
-"""Comparisons among the results: the same figures, no places of a machine, and the README's pictures from them."""
+"""Comparisons among the results: the same figures, no places of a machine, and pictures from them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from benchmarks.ab_pictures import main
 from benchmarks.ab_results import ROOT, keep, without_places
-from benchmarks.readme_pictures import main
 from specserve.bench.compare import comparisons
 from specserve.bench.kept import ABOUT, RUNS, read_comparison
 from specserve.bench.records import Comparison, Event, RequestRecord, RunRecord, VariantInfo
@@ -76,9 +76,7 @@ def test_figures_alone_have_no_runs(left: Path, tmp_path: Path) -> None:
     assert {"facts", "summary", "ratio", "verdict"} <= kinds
 
 
-def test_readme_pictures_are_drawn_for_both_pages(
-    left: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pictures_are_drawn_for_both_pages(left: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "images"
     assert main([str(left), "--out", str(out)]) == 0
     names = ["ab-alpha-dark.png", "ab-alpha.png", "ab-speedup-dark.png", "ab-speedup.png"]

@@ -1,6 +1,6 @@
-"""Draws README's pictures from a comparison that is kept among the results, each for light and for dark pages.
+"""Draws the documentation's pictures of a comparison that is kept with its runs, each for light and for dark pages.
 
-python -m benchmarks.readme_pictures [FOLDER] [--out docs/images]
+python -m benchmarks.ab_pictures [FOLDER] [--out docs/images]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def draw(folder: Path, out: Path) -> list[Path]:
     missing = [name for name in SHOWN if name not in pictures]
     if missing:
         raise InvalidRequestError(f"{folder} has no runs for: {', '.join(missing)}.")
-    print(text(found[0]))  # what README says beside them
+    print(text(found[0]))  # what docs/benchmarking.md says beside them
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in SHOWN:
