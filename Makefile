@@ -101,8 +101,9 @@ profile: $(PAIRS)/pair/pair.json ## Show where a decode step's time goes: MODE=l
 plots: $(INSTALLED) ## Draw docs/images from results: RESULTS=benchmarks/results/h200-speculation.jsonl
 	$(BIN)/python -m benchmarks.plots $(if $(RESULTS),--results $(RESULTS))
 
-readme-pictures: $(INSTALLED) ## Draw README's pictures from a kept comparison: AB=benchmarks/results/ab-cpu
-	$(BIN)/python -m benchmarks.readme_pictures $(AB)
+readme-pictures: $(INSTALLED) ## Draw the pictures of kept comparisons, README's among them: AB=benchmarks/results/ab-cpu
+	$(BIN)/python -m benchmarks.http_pictures
+	$(BIN)/python -m benchmarks.ab_pictures $(AB)
 
 clean: ## Remove the environment, caches and build products
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
