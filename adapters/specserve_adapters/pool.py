@@ -15,7 +15,7 @@ rows have at the time a graph is replayed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -24,15 +24,16 @@ from torch import Tensor
 from specserve_adapters.host_adapter import HostAdapter, head_bytes, num_modules, round_up, unpack
 from specserve_adapters.spec import LinearSpec
 from specserve_kernels.dispatch import backend
+from specserve_kernels.language import cdiv
 from specserve_kernels.lora.batch import Factors, LoraBatch
-from specserve_kernels.lora.folded import MANY_BLOCKS
+from specserve_kernels.lora.folded import MANY_BLOCKS, MOST_FOLDED
 from specserve_kernels.lora.grouped import GroupedLora, SlotFactors, grouped_lora
 from specserve_kernels.lora.load import load_slot
-from specserve_kernels.lora.tiles import RANK_BLOCK
+from specserve_kernels.lora.tiles import LARGEST_TILE, RANK_BLOCK
 
 
 class AdapterWork(Enum):
-    """How much the adapters of a batch are: none, some, or so many that products are launched another way."""
+    """How much the adapters of a batch are: none, some, or so many that kernels are launched another way."""
 
     NONE = "none"
     SOME = "some"
@@ -41,6 +42,8 @@ class AdapterWork(Enum):
 
 _Shape = tuple[int, int]
 RowAdapters = Sequence[tuple[tuple[int, float], ...]]
+FEW_BLOCKS = 2
+"""Rank blocks of short rows that kernels for prompts alone take along."""
 _MAX_BATCHES = 8  # a step of speculation repeats a few shapes: the target's, the first draft pass's, the others'
 
 
@@ -75,7 +78,7 @@ class AdapterPool:
             room if room is not None and room.shape == shape else None
             for room, shape in zip(behind or [None] * len(a_shapes), a_shapes, strict=True)
         ]
-        self._behind = any(room is not None for room in rooms)
+        self.behind = any(room is not None for room in rooms)  # whether some linear's A is
         self._store, self.linears = _allocate(rooms, a_shapes, b_shapes, dtype, device)
         self._slot_factors = [
             SlotFactors(a, b, tuple(width for _, width in spec.parts))
@@ -172,14 +175,20 @@ class AdapterPool:
         places, blob = unpack(self._staging, len(self._layout), self._store.dtype)
         load_slot(self._store, blob, places, self._layout, slot, round_up(rank, RANK_BLOCK), self._align)
 
-    def work(self, row_adapters: Iterable[tuple[tuple[int, float], ...]]) -> AdapterWork:
-        """How much the adapters of these rows are, counted in blocks of ranks of distinct slots. A draft's slot is
-        empty where the adapter has no companion."""
-        slots = {slot for adapters in row_adapters for slot, _ in adapters}
-        blocks = sum(round_up(self._ranks[slot], RANK_BLOCK) // RANK_BLOCK for slot in slots)
-        if not blocks:
+    def work(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> AdapterWork:
+        """How much the adapters of these rows are, counted in blocks of ranks of distinct slots: of few tokens, all of
+        them; of more, those of short rows, whose tokens share tiles. A draft's slot is empty where the adapter has no
+        companion."""
+        if not self._blocks(row_adapters):
             return AdapterWork.NONE
-        return AdapterWork.MANY if blocks > MANY_BLOCKS else AdapterWork.SOME
+        if sum(query_lens) <= MOST_FOLDED:
+            return AdapterWork.MANY if self._blocks(row_adapters) > MANY_BLOCKS else AdapterWork.SOME
+        short = [adapters for adapters, count in zip(row_adapters, query_lens, strict=True) if count < LARGEST_TILE]
+        return AdapterWork.MANY if self._blocks(short) > FEW_BLOCKS else AdapterWork.SOME
+
+    def _blocks(self, row_adapters: RowAdapters) -> int:
+        slots = {slot for adapters in row_adapters for slot, _ in adapters}
+        return sum(cdiv(self._ranks[slot], RANK_BLOCK) for slot in slots)
 
     def device_batch(
         self, token_rows: Tensor, row_slots: Tensor, row_weights: Tensor, work: AdapterWork = AdapterWork.SOME,
@@ -196,7 +205,7 @@ class AdapterPool:
         assert self.grouped, "slots lie as make_batch reads them"
         return grouped_lora(
             self._slot_factors, self._rank_stride, self.slot_ranks, token_rows, row_slots, row_weights,
-            many=work is AdapterWork.MANY, behind=self._behind, max_query_len=max_query_len,
+            many=work is AdapterWork.MANY, behind=self.behind, max_query_len=max_query_len,
         )  # fmt: skip
 
     def make_batch(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> LoraBatch | None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from specserve.device import Graph, capturing, reserved_memory
 from specserve_adapters.pool import AdapterWork
+from specserve_kernels.lora.folded import MOST_FOLDED
 from specserve_kernels.skinny.linear import MAX_ROWS
 
 Key = tuple[int, AdapterWork]
@@ -29,12 +30,13 @@ class GraphSet(Protocol):
         """What each graph is to do again, the largest first: the others reuse its memory."""
 
 
-def kinds(size: int, *, with_adapters: bool) -> list[AdapterWork]:
-    """What batches of a bucket are captured: without adapters, with some, and with many where products of so few rows
-    add adapters themselves."""
+def kinds(size: int, *, with_adapters: bool, mixes: bool = False) -> list[AdapterWork]:
+    """What batches of a bucket are captured: without adapters, with some, and with many where that is another way:
+    products of so few rows add adapters themselves, or `mixes`: steps of many tokens may be prompts' alone or not."""
     if not with_adapters:
         return [AdapterWork.NONE]
-    return [kind for kind in AdapterWork if kind is not AdapterWork.MANY or size <= MAX_ROWS]
+    many = size <= MAX_ROWS or (mixes and size > MOST_FOLDED)
+    return [kind for kind in AdapterWork if kind is not AdapterWork.MANY or many]
 
 
 @torch.inference_mode()

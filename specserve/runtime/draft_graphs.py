@@ -74,7 +74,7 @@ class DraftGraphs:
         if rows != self._current:
             self._take(rows, row_index)
         self._positions[:used].copy_(positions)
-        kind = self._draft.adapters.work(self._rows.adapters[row] for row in rows)
+        kind = self._draft.adapters.work([self._rows.adapters[row] for row in rows], (self._count,) * used)
         graph = self.graphs.get((size, kind)) or self.graphs[size, AdapterWork.SOME]
         return graph.replay()[:used]
 

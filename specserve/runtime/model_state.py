@@ -103,7 +103,13 @@ class ModelState:
 
     def adapter_work(self, rows: DeviceRows, layout: StepLayout) -> AdapterWork:
         """How much the adapters of the step's rows are, by what the host knows."""
-        return self.adapters.work(rows.adapters[row] for row in layout.rows)
+        assert layout.query_lens is not None, "ragged layouts are for devices alone"
+        return self.adapters.work([rows.adapters[row] for row in layout.rows], layout.query_lens)
+
+    @property
+    def adapters_behind(self) -> bool:
+        """Whether prompts with decodes among them have kernels of their own for adapters: see AdapterPool.work."""
+        return self.adapters.behind
 
     def _lora(self, rows: DeviceRows, layout: StepLayout, work: AdapterWork) -> LoraApplier | None:
         if work is AdapterWork.NONE:

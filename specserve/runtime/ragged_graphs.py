@@ -22,6 +22,7 @@ from specserve.runtime.layout import StepLayout
 from specserve.runtime.model_state import ModelState
 from specserve.runtime.rows import DeviceRows
 from specserve_adapters.pool import AdapterWork
+from specserve_kernels.lora.tiles import LARGEST_TILE
 
 MAX_TOKENS = 1024
 """Beyond so many tokens a step's launches hide behind its work."""
@@ -74,10 +75,11 @@ class RaggedGraphs:
 
     def works(self, *, with_adapters: bool) -> dict[Key, Callable[[], Tensor]]:
         """What each graph does. Until the first `run` the inputs are tokens of blank rows, of no sequence."""
+        mixes = self._target.adapters_behind and self._max_query_len >= LARGEST_TILE
         return {
             (size, kind): partial(self.forward, size, kind)
             for size in self.sizes[::-1]
-            for kind in kinds(size, with_adapters=with_adapters)
+            for kind in kinds(size, with_adapters=with_adapters, mixes=mixes)
         }
 
     def forward(self, size: int, work: AdapterWork) -> Tensor:

@@ -219,24 +219,31 @@ def test_loading_does_not_wait(device: torch.device) -> None:
 
 
 def test_how_much_the_adapters_of_a_batch_are() -> None:
-    """Counted by the ranks of the slots named, each once; slots that are empty are no work."""
+    """Counted by the ranks of the slots named, each once; slots that are empty are no work. Among many tokens, only
+    those of rows that share tiles count."""
     pool = AdapterPool(SPECS, 4, 272, torch.float32, "cpu")
     for slot, rank in ((0, 272), (1, 256), (2, 3)):
         pool.load_slot(slot, adapter(SPECS, {"q": rank}, torch.float32, slot))
     first, second, third, empty = (((slot, 1.0),) for slot in range(4))
-    assert pool.work([(), empty]) is pool.work([]) is AdapterWork.NONE
-    assert pool.work([third, second[:0], empty]) is AdapterWork.SOME
-    assert pool.work([second, second]) is AdapterWork.SOME
-    assert pool.work([second, third]) is pool.work([first]) is AdapterWork.MANY
+
+    def work(*rows: tuple[tuple[int, float], ...], lens: tuple[int, ...] = ()) -> AdapterWork:
+        return pool.work(rows, lens or (1,) * len(rows))
+
+    assert work((), empty) is work() is work(empty, lens=(900,)) is AdapterWork.NONE
+    assert work(third, second[:0], empty) is AdapterWork.SOME
+    assert work(second, second) is AdapterWork.SOME
+    assert work(second, third) is work(first) is AdapterWork.MANY
+    assert work(first, second, lens=(100, 64)) is work(first, third, lens=(128, 1)) is AdapterWork.SOME
+    assert work(third, second, lens=(128, 63)) is work(*[second] * 129) is AdapterWork.MANY
 
 
 @pytest.mark.usefixtures("triton_pool")
 def test_pretended_adapters_take_work_and_change_nothing(device: torch.device) -> None:
     pool = AdapterPool(SPECS, 3, 32, torch.float32, device)
     rows = [((slot, 1.0),) for slot in range(3)]
-    assert pool.can_pretend and pool.work(rows) is AdapterWork.NONE
+    assert pool.can_pretend and pool.work(rows, (1, 1, 1)) is AdapterWork.NONE
     pool.pretend(2, 16)
-    assert pool.slot_ranks.tolist() == [16, 16, 0] and pool.work(rows) is AdapterWork.SOME
+    assert pool.slot_ranks.tolist() == [16, 16, 0] and pool.work(rows, (1, 1, 1)) is AdapterWork.SOME
     assert all(not a.any() and not b.any() for a, b in pool.linears)
     pool.pretend(2, 0)
     assert pool.slot_ranks.tolist() == [0, 0, 0] and pool.can_pretend

@@ -27,7 +27,8 @@ MAX_ROWS, MAX_TOKENS, PADDING_ROW, CPU = 5, 40, 9, torch.device("cpu")
 class FakeTarget:
     """Its hidden states tell what was asked; it remembers how."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, adapters_behind: bool = False) -> None:
+        self.adapters_behind = adapters_behind
         self.model = SimpleNamespace(spec=SimpleNamespace(hidden_size=2, dtype=torch.float32))
         self.work = AdapterWork.NONE
         self.asked: list[tuple[StepLayout, tuple[int, ...], AdapterWork]] = []
@@ -49,11 +50,11 @@ class Again:
         self.replay = work
 
 
-def ragged_graphs(target: FakeTarget, max_query_len: int | None = None) -> RaggedGraphs:
+def ragged_graphs(target: FakeTarget, max_query_len: int | None = None, sizes: list[int] | None = None) -> RaggedGraphs:
     rows = SimpleNamespace(num_tokens=torch.zeros(PADDING_ROW + 1, dtype=torch.int64), padding_row=PADDING_ROW)
     graphs = RaggedGraphs(
-        cast(ModelState, target), cast(DeviceRows, rows), token_buckets(MAX_TOKENS), max_rows=MAX_ROWS, max_context=64,
-        max_query_len=max_query_len,
+        cast(ModelState, target), cast(DeviceRows, rows), sizes or token_buckets(MAX_TOKENS), max_rows=MAX_ROWS,
+        max_context=64, max_query_len=max_query_len,
     )  # fmt: skip
     for key, work in graphs.works(with_adapters=True).items():
         graphs.graphs[key] = cast(Graph, Again(work))
@@ -112,6 +113,17 @@ def test_many_adapters_where_no_graph_is_for_many() -> None:
     del graphs.graphs[16, AdapterWork.MANY]
     graphs.run(layout_of([1], [1], [None]))
     assert target.asked[-1][2] is AdapterWork.SOME
+
+
+@pytest.mark.parametrize(
+    ("behind", "max_query_len", "many"), [(True, None, True), (True, 8, False), (False, None, False)]
+)
+def test_prompts_with_decodes_among_them_have_graphs_where_that_matters(
+    behind: bool, max_query_len: int | None, many: bool
+) -> None:
+    keys = ragged_graphs(FakeTarget(adapters_behind=behind), max_query_len, [16, 128, 192]).graphs.keys()
+    assert {size for size, kind in keys if kind is AdapterWork.MANY} == ({16, 128, 192} if many else {16, 128})
+    assert len(keys) == (9 if many else 8)
 
 
 def test_what_has_room() -> None:

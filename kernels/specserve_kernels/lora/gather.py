@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specserve_kernels.language import cdiv, tl, triton
 from specserve_kernels.launch import relaunched
-from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles
+from specserve_kernels.lora.tiles import RANK_BLOCK, LoraTiles, load_code
 from specserve_kernels.overlap import overlaps, wait
 
 _BLOCKS = tl.constexpr(4)
@@ -45,8 +45,8 @@ def _gather_kernel(
     count = tl.load(counts + tile)
     lane, row = tl.arange(0, _BLOCKS * 16)[None, :], tl.arange(0, TILE)[:, None]
     token, block = tile * TILE + row, first + lane // 16
-    code = tl.load(blocks + tile * most + block, mask=block < count, other=0)
-    weight = tl.load(weights + token * most + block, mask=block < count, other=0.0)
+    code = load_code(blocks + tile * most, block, count, most, 0)
+    weight = tl.where(block < count, tl.load(weights + token * most + block, mask=block < most, other=0.0), 0.0)
     column = ((code >> 16) * PARTS + part) * rank_stride + ((code >> 8) & 255) * 16 + lane % 16
     own = (weight != 0.0) & (lane % 16 < (code & 255)) & (token < num_tokens)
     wait(PDL)

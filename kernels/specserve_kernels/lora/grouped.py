@@ -34,6 +34,7 @@ from specserve_kernels.qkv import HeadWeights
 
 _FACTORS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
 _SOME_TOKENS = 1024
+_PROGRAMS = 396  # three a multiprocessor, as far as registers go
 FEWEST_SPLIT = MOST_FOLDED + 1
 """Tokens from which on products give s along with their output. Fewer are folded, or read A alone faster."""
 _PRECISIONS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "ieee"}
@@ -102,13 +103,13 @@ class Shrunk:
         assert y.shape == (self.num_tokens, self.b.shape[1]) and y.stride(1) == 1, (y.shape, y.stride(), self.b.shape)
         assert y.dtype == self.dtype and self.num_tokens * y.stride(0) < 2**31, (y.dtype, y.stride())
         assert product is None or (product.shape == y.shape and product.stride(1) == 1), product.shape
-        columns, loops, constants = _column_constants(self._traits(overlaps(y)))
+        columns, loops, constants = _column_constants(self._traits(overlaps(y)), self.b.shape[1])
         tiles, widths = self.tiles, (*self.widths, 0, 0, 0)[:MAX_PARTS]
         blocks = sum([-(-width // (columns * loops)) for width in self.widths])
         add_kernel[(blocks, tiles.blocks.shape[0])](
             y, product, self.b, self.s, tiles.token_slots, self.weights, tiles.counts, tiles.blocks,
             *widths, self.num_tokens, tiles.blocks.shape[1], self.rank_stride, self.s.stride(-2),
-            self.b.shape[1], y.stride(0), 0 if product is None else product.stride(0), **constants,
+            self.b.shape[1], y.stride(0), 0 if product is None else product.stride(0), loops, **constants,
         )  # fmt: skip
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -120,12 +121,12 @@ class Shrunk:
             self.add_to(gate_up)
             return silu_mul(gate_up)
         out = gate_up.new_empty(tokens, size)
-        columns, loops, constants = _column_constants(self._traits(overlaps(gate_up)))
+        columns, loops, constants = _column_constants(self._traits(overlaps(gate_up)), size)
         tiles = self.tiles
         silu_kernel[(-(-size // (columns * loops)), tiles.blocks.shape[0])](
             gate_up, self.b, self.s, out, tiles.token_slots, self.weights, tiles.counts, tiles.blocks,
             size, tokens, tiles.blocks.shape[1], self.rank_stride, self.s.stride(-2), self.b.shape[1],
-            gate_up.stride(0), **constants,
+            gate_up.stride(0), loops, **constants,
         )  # fmt: skip
         return out
 
@@ -189,10 +190,19 @@ def _common_constants(traits: _Traits, most_ranks: int) -> dict[str, object]:
 
 
 @lru_cache(maxsize=1024)
-def _column_constants(traits: _Traits) -> tuple[int, int, Mapping[str, object]]:
-    """(columns at once, how often in a program, the kernel's constants)."""
-    columns, loops = 64, 1 if traits.lies == "dense" or traits.mixed else 4
-    return columns, loops, _common_constants(traits, 64) | {"COLUMNS": columns, "LOOPS": loops}
+def _column_constants(traits: _Traits, width: int) -> tuple[int, int, Mapping[str, object]]:
+    """(columns at once, how often in a program, the kernel's constants) for `width` columns of results."""
+    columns, loops = 64, 4 if traits.lies == "compact" and not traits.mixed else 1
+    if traits.lies == "behind":
+        loops = _loops(cdiv(width, columns), cdiv(traits.num_tokens, traits.tile))
+    return columns, loops, _common_constants(traits, 64) | {"COLUMNS": columns}
+
+
+def _loops(blocks: int, tiles: int) -> int:
+    """How many blocks of columns a program takes of a tile that has so many, if all tiles take as long: a program costs
+    about a block more than its blocks, and programs come in rounds of as many as the device holds at once."""
+    rounds = {loops: cdiv(cdiv(blocks, loops) * tiles, _PROGRAMS) for loops in range(1, blocks + 1)}
+    return min(rounds, key=lambda loops: rounds[loops] * (loops + 1))
 
 
 @lru_cache(maxsize=1024)
@@ -201,7 +211,7 @@ def _rotate_constants(
 ) -> tuple[int, Mapping[str, object]]:
     """(heads of a program, which are all of one part; the kernel's constants)."""
     assert len(widths) <= 3 and not any(width % head_dim for width in widths), (widths, head_dim)
-    loops = 1 if traits.lies == "dense" or traits.mixed else 4
+    loops = 4 if traits.lies == "compact" and not traits.mixed else 1
     while any(number % loops for number in (kv_heads, *[width // head_dim for width in widths])):
         loops //= 2
     block = max(16, power_of_2(head_dim // 2))
@@ -217,11 +227,11 @@ class GroupedLora:
     rank_stride: int
     tiles: LoraTiles
     num_tokens: int
-    many: bool  # rank blocks are expected, as Folded says
+    many: bool  # rank blocks are expected: of few tokens as Folded says, else of tiles of several requests' tokens
     counters: Tensor  # zeros: `ready` of each linear for `fold`, then the arrivals of either
     whole: LoraTiles | None  # all tokens in one tile, where they are few
     weights: Tensor | None = None  # of the tiles' blocks, where products may give s along with their output
-    gathers: bool = False  # tiles hold several requests' tokens: what lies behind an output is gathered
+    gathers: bool = False  # what lies behind an output, for who adds B
 
     @property
     def foldable(self) -> bool:
@@ -281,7 +291,8 @@ def grouped_lora(
     """What T = len(token_rows) tokens use: part of every forward, inside the captured graph.
 
     slot_ranks [S] int64, 0 for an empty slot, none above max_rank; the others as in `lora_tiles`. `behind`: some linear
-    has its A behind its weights. `max_query_len`: no row has more tokens (None: any number).
+    has its A behind its weights. `max_query_len`: no row has more tokens (None: any number). `many`: what to expect,
+    see GroupedLora; right either way.
     """
     inputs, num_tokens = (token_rows, row_slots, row_weights, slot_ranks, max_rank), token_rows.shape[0]
     tiles = lora_tiles(*inputs)
@@ -292,5 +303,5 @@ def grouped_lora(
     counters = tiles.blocks.new_zeros(len(linears) + arrivals)
     stride = cdiv(max_rank, RANK_BLOCK) * RANK_BLOCK
     weights = block_weights(tiles) if behind and num_tokens >= FEWEST_SPLIT else None
-    gathers = max_query_len is not None and max_query_len < tiles.tile
+    gathers = many or (max_query_len is not None and max_query_len < tiles.tile)
     return GroupedLora(linears, stride, tiles, num_tokens, many, counters, whole, weights, gathers)

@@ -19,6 +19,7 @@ from specserve_kernels.language import cdiv, power_of_2, tl, triton
 from specserve_kernels.launch import relaunched
 
 RANK_BLOCK = 16
+LARGEST_TILE = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +41,7 @@ class LoraTiles:
 
 def tile_size(num_tokens: int) -> int:
     """Tokens of a tile: up to 32 tokens are one."""
-    return 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else 64
+    return 16 if num_tokens <= 16 else 32 if num_tokens <= 32 else LARGEST_TILE
 
 
 def lora_tiles(
@@ -86,6 +87,14 @@ def block_weights(tiles: LoraTiles) -> Tensor:
     return weights
 
 
+@triton.jit
+def load_code(blocks, block, count, most, none):
+    """The tile's codes of these blocks, `none` from `count` on. There is memory up to `most`: this need not wait for
+    `count` first, which takes as long as the codes."""
+    code = tl.load(blocks + block, mask=block < most, other=0)
+    return tl.where(block < count, code, none)
+
+
 @relaunched
 @triton.jit(do_not_specialize=["most"])
 def _weights_kernel(
@@ -94,8 +103,9 @@ def _weights_kernel(
     """Sixteen blocks of a tile a program."""
     tile, block = tl.program_id(0), tl.program_id(1) * 16 + tl.arange(0, 16)[None, :]
     token = tile * TILE + tl.arange(0, TILE)[:, None]
-    inside = block < tl.load(counts + tile)
-    slot = tl.load(blocks + tile * most + block, mask=inside, other=-131072) >> 16  # slot -2: nobody's
+    count = tl.load(counts + tile)
+    inside = block < count
+    slot = load_code(blocks + tile * most, block, count, most, -131072) >> 16  # slot -2: nobody's
     weight = tl.zeros([TILE, 16], tl.float32)
     for m in tl.static_range(M):
         own = tl.load(token_slots + token * M + m) == slot

@@ -48,10 +48,10 @@ def _wait_for(ready, groups):
 def _first_b(b, blocks, count, column, inside, rank_stride, out_dim, GATED: tl.constexpr):
     """B of the first ranks [_RANKS, columns]; gated: of gates, and of what they multiply."""
     stride = 2 * out_dim if GATED else out_dim
-    first = load_b(b, blocks, count, 0, column, inside, rank_stride, stride, _RANKS, tl.bfloat16)
+    first = load_b(b, blocks, count, 0, column, inside, count, rank_stride, stride, _RANKS, tl.bfloat16)
     second = first
     if GATED:
-        second = load_b(b, blocks, count, 0, out_dim + column, inside, rank_stride, stride, _RANKS, tl.bfloat16)
+        second = load_b(b, blocks, count, 0, out_dim + column, inside, count, rank_stride, stride, _RANKS, tl.bfloat16)
     return first, second
 
 
@@ -59,9 +59,9 @@ def _first_b(b, blocks, count, column, inside, rank_stride, out_dim, GATED: tl.c
 def _delta(first, s, b, token_slots, blocks, count, part, column, inside, rank_stride, s_stride, b_stride,
            M: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Σ s·B [columns, TOKENS] at these columns, all of one part, whose B of the first ranks is `first`."""
-    shrunk = load_s(s, token_slots, 1.0, blocks, count, 0, 0, part, rank_stride, s_stride, M, TOKENS, PARTS, _RANKS,
-                    "dense")  # fmt: skip
-    delta = s_by_b(shrunk, first, s, b, token_slots, None, blocks, count, 0, part, column, inside, 0, rank_stride,
+    shrunk = load_s(s, token_slots, 1.0, blocks, count, 0, 0, part, count, rank_stride, s_stride, M, TOKENS, PARTS,
+                    _RANKS, "dense")  # fmt: skip
+    delta = s_by_b(shrunk, first, s, b, token_slots, None, blocks, count, 0, part, column, inside, count, rank_stride,
                    s_stride, b_stride, M, TOKENS, PARTS, _RANKS, _RANKS, "dense", tl.bfloat16, "tf32")  # fmt: skip
     return tl.trans(delta)
 
