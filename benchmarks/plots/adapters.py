@@ -35,7 +35,8 @@ def cost(rows: Sequence[Row]) -> Figure:
     first, commits = rows[0], sorted({row["commit"] for row in rows})
     size = f"{first['inp']} prompt and {first['out']} new tokens"
     about = f"{first['pair']}, {size}; {first['device']}, {', '.join(commits)}"
-    figure, axes = canvas("What adapters cost, by their number and rank", about, "ms a token", "")
+    title, height = "What adapters cost, by their number and rank", 1.5 + 0.26 * len(rows)
+    figure, axes = canvas(title, about, "ms a token", "", height)
     places = range(len(rows))
     parts = {
         "without adapters": ([row["decode_ms_per_tok"] - row["cost_ms"] for row in rows], INK, FAINT),

@@ -23,12 +23,12 @@ class Look(NamedTuple):
 LOOKS = (Look("#3b82f6", "o"), Look("#d97706", "s"), Look("#16a34a", "^"), Look("#a855f7", "D"), Look("#e11d48", "v"))
 
 
-def canvas(title: str, subtitle: str, across: str, up: str) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes; `across` and `up` say what they show."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+def canvas(title: str, subtitle: str, across: str, up: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure `height` inches high, with one pair of axes; `across` and `up` say what they show."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.set_title(f"{title}\n", loc="left", color=INK, fontweight="bold")
-    axes.text(0.0, 1.03, subtitle, transform=axes.transAxes, color=INK, fontsize=8)
+    axes.text(0.0, 1 + 0.03 * HEIGHT / height, subtitle, transform=axes.transAxes, color=INK, fontsize=8)
     axes.set_xlabel(across, color=INK)
     axes.set_ylabel(up, color=INK)
     axes.patch.set_alpha(0.0)
