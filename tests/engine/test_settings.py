@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specserve.config import EngineConfig
 from specserve.core.errors import AdapterError, InvalidRequestError, ModelLoadError
 from specserve.core.sampling_params import Method, SamplingParams, SpeculationParams
+from specserve.engine.core.memory import room_for
 from specserve.llm import LLM
 
 Open = Callable[..., LLM]
@@ -32,6 +34,40 @@ def test_refused_by_name(name: str, value: object, open_llm: Open) -> None:
         open_llm(**{name: value})
     assert caught.value.param == name
     assert "--" + name.replace("_", "-") in caught.value.message or name == "num_blocks"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"max_lora_rank": 10**12}, "8 adapters of rank 1000000000000 at a time: lower --max-loras or --max-lora-rank"),
+        ({"num_blocks": 10**13}, "10000000000000 KV blocks: give fewer --num-blocks"),
+    ],
+)
+def test_what_no_memory_is_large_enough_for(fields: dict[str, int], said: str, open_llm: Open) -> None:
+    with pytest.raises(InvalidRequestError, match="not enough memory for " + said):
+        open_llm(**{"max_loras": 8, **fields})
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("build.load_model", r"the weights of .*: free some of the device's, or give --quantization fp8 or int8"),
+        ("build.ModelState", "5 adapters of rank 7 at a time: lower --max-loras or"),
+        ("memory._budget", "a step of 2048 tokens: lower --max-num-batched-tokens"),
+    ],
+)
+def test_a_full_gpu_is_one_sentence(place: str, said: str, open_llm: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(f"specserve.engine.core.{place}", full)
+    with pytest.raises(InvalidRequestError, match="not enough memory for " + said):
+        open_llm(num_blocks=None, max_num_batched_tokens=None, max_loras=5, max_lora_rank=7)
+
+
+def test_no_other_failure_is_called_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), room_for("slots", "lower it", ""):
+        raise RuntimeError("shapes differ")
 
 
 def test_defaults_are_valid() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,7 +12,7 @@ import torch
 from specserve.config import MAX_DRAFTS, Dtype, EngineConfig, host_lora_bytes, resolve_paths
 from specserve.core.errors import InvalidRequestError, ModelLoadError
 from specserve.device import resolve_device
-from specserve.engine.core.memory import allocate_kv_caches
+from specserve.engine.core.memory import allocate_kv_caches, room_for
 from specserve.loading import load_model
 from specserve.loading.quantization import check_quantization
 from specserve.models.spec import ModelSpec
@@ -72,10 +73,11 @@ def build_engine(config: EngineConfig, extra_proposers: Sequence[Proposer] = (),
     device = usable_device(config.device)
     batched_tokens = resolve_batched_tokens(config, device)
     check_quantization(config, device)
-    target = load_model(
-        config.model, dtype=config.dtype, device=device, quantization=config.quantization,
-        adapter_ranks=_adapter_ranks(config), progress=progress,
-    )  # fmt: skip
+    with _room_for_weights(config.model, "quantization"):
+        target = load_model(
+            config.model, dtype=config.dtype, device=device, quantization=config.quantization,
+            adapter_ranks=_adapter_ranks(config), progress=progress,
+        )  # fmt: skip
     draft = _load_draft(config, target.spec, device, progress=progress)
     models: list[Model] = [target] if draft is None else [target, draft]
     max_model_len = resolve_max_model_len(config.max_model_len, [model.spec for model in models])
@@ -132,12 +134,18 @@ def default_proposer(config: EngineConfig, proposers: ProposerRegistry) -> str |
 def _load_draft(config: EngineConfig, target: ModelSpec, device: torch.device, *, progress: bool) -> Model | None:
     if config.draft_model is None:
         return None
-    draft = load_model(
-        config.draft_model, dtype=dtype_name(target.dtype), device=device, quantization=config.draft_quantization,
-        adapter_ranks=_adapter_ranks(config), progress=progress,
-    )  # fmt: skip
+    with _room_for_weights(config.draft_model, "draft_quantization"):
+        draft = load_model(
+            config.draft_model, dtype=dtype_name(target.dtype), device=device, quantization=config.draft_quantization,
+            adapter_ranks=_adapter_ranks(config), progress=progress,
+        )  # fmt: skip
     check_draft(target, draft.spec)
     return draft
+
+
+def _room_for_weights(model: str, field: str) -> AbstractContextManager[None]:
+    remedy = f"free some of the device's, or give --{field.replace('_', '-')} fp8 or int8"
+    return room_for(f"the weights of {model}", remedy, field)
 
 
 def _adapter_ranks(config: EngineConfig) -> int:
@@ -158,10 +166,12 @@ def _build_adapters(config: EngineConfig, models: list[Model]) -> AdapterManager
 
 
 def _state(config: EngineConfig, model: Model, device: torch.device) -> ModelState:
-    return ModelState(
-        model, block_size=config.block_size, adapter_slots=config.max_loras, max_rank=config.max_lora_rank,
-        device=device,
-    )  # fmt: skip
+    slots = f"{config.max_loras} adapters of rank {config.max_lora_rank} at a time"
+    with room_for(slots, "lower --max-loras or --max-lora-rank", "max_loras"):
+        return ModelState(
+            model, block_size=config.block_size, adapter_slots=config.max_loras, max_rank=config.max_lora_rank,
+            device=device,
+        )  # fmt: skip
 
 
 def dtype_name(dtype: torch.dtype) -> Dtype:

@@ -1,6 +1,12 @@
-"""How large the KV cache may be: what a GPU has left after the heaviest step was tried, or what the settings say."""
+"""How large the KV cache may be: what a GPU has left after the heaviest step was tried, or what the settings say. And
+what is said where something does not fit."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 from specserve.config import EngineConfig
 from specserve.core.errors import InvalidRequestError
@@ -9,6 +15,19 @@ from specserve.runtime.graphs import output_bytes
 from specserve.runtime.model_state import kv_bytes_per_block
 from specserve.runtime.runner import ModelRunner
 from specserve.runtime.step_graphs import Sizes
+
+_CPU_IS_FULL = "can't allocate memory"  # torch has no type of its own for it
+
+
+@contextmanager
+def room_for(what: str, remedy: str, param: str) -> Iterator[None]:
+    """What is allocated inside: if it does not fit, InvalidRequestError says so, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and _CPU_IS_FULL not in str(error):
+            raise
+        raise InvalidRequestError(f"There is not enough memory for {what}: {remedy}.", param=param) from error
 
 
 def allocate_kv_caches(
@@ -19,18 +38,19 @@ def allocate_kv_caches(
     num_blocks = config.num_blocks
     if num_blocks is None:
         per_block = sum(kv_bytes_per_block(state.model.spec, config.block_size) for state in runner.states)
-        num_blocks = min(
-            _budget(config, runner, max_model_len, max_num_batched_tokens) // per_block,
-            per_sequence * config.max_num_seqs + 1,
-        )
+        tokens = max_num_batched_tokens
+        with room_for(f"a step of {tokens} tokens", "lower --max-num-batched-tokens", "max_num_batched_tokens"):
+            budget = _budget(config, runner, max_model_len, tokens)
+        num_blocks = min(budget // per_block, per_sequence * config.max_num_seqs + 1)
     if num_blocks < per_sequence + 1:
         raise InvalidRequestError(
             f"The KV cache has {num_blocks} blocks of {config.block_size} tokens, but one sequence of --max-model-len "
             f"{max_model_len} needs {per_sequence + 1}: lower --max-model-len or give the cache more memory.",
             param="num_blocks" if config.num_blocks is not None else "max_model_len",
         )
-    for state in runner.states:
-        state.allocate(num_blocks)
+    with room_for(f"{num_blocks} KV blocks", "give fewer --num-blocks, or none", "num_blocks"):
+        for state in runner.states:
+            state.allocate(num_blocks)
     return num_blocks
 
 
