@@ -175,14 +175,15 @@ class AdapterPool:
         places, blob = unpack(self._staging, len(self._layout), self._store.dtype)
         load_slot(self._store, blob, places, self._layout, slot, round_up(rank, RANK_BLOCK), self._align)
 
-    def work(self, row_adapters: RowAdapters, query_lens: Sequence[int]) -> AdapterWork:
+    def work(self, row_adapters: RowAdapters, query_lens: Sequence[int], num_tokens: int | None = None) -> AdapterWork:
         """How much the adapters of these rows are, counted in blocks of ranks of distinct slots: of few tokens, all of
-        them; of more, those of short rows, whose tokens share tiles. A draft's slot is empty where the adapter has no
-        companion."""
-        if not self._blocks(row_adapters):
+        them; of more, those of short rows, whose tokens share tiles. `num_tokens`: of the step's kernels, where padding
+        makes them more than the rows'. A draft's slot is empty where the adapter has no companion."""
+        blocks = self._blocks(row_adapters)
+        if not blocks:
             return AdapterWork.NONE
-        if sum(query_lens) <= MOST_FOLDED:
-            return AdapterWork.MANY if self._blocks(row_adapters) > MANY_BLOCKS else AdapterWork.SOME
+        if (num_tokens or sum(query_lens)) <= MOST_FOLDED:
+            return AdapterWork.MANY if blocks > MANY_BLOCKS else AdapterWork.SOME
         short = [adapters for adapters, count in zip(row_adapters, query_lens, strict=True) if count < LARGEST_TILE]
         return AdapterWork.MANY if self._blocks(short) > FEW_BLOCKS else AdapterWork.SOME
 

@@ -101,10 +101,10 @@ class ModelState:
         shape = AttentionShape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
         return takes_ragged(shape, self.block_size, self._device)
 
-    def adapter_work(self, rows: DeviceRows, layout: StepLayout) -> AdapterWork:
-        """How much the adapters of the step's rows are, by what the host knows."""
+    def adapter_work(self, rows: DeviceRows, layout: StepLayout, num_tokens: int | None = None) -> AdapterWork:
+        """How much the adapters of the step's rows are, by what the host knows. `num_tokens`: with padding."""
         assert layout.query_lens is not None, "ragged layouts are for devices alone"
-        return self.adapters.work([rows.adapters[row] for row in layout.rows], layout.query_lens)
+        return self.adapters.work([rows.adapters[row] for row in layout.rows], layout.query_lens, num_tokens)
 
     @property
     def adapters_behind(self) -> bool:

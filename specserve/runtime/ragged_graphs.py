@@ -101,7 +101,7 @@ class RaggedGraphs:
         if layout is not self._current:  # steady verifications repeat theirs
             self._fill(layout, size)
             self._current = layout
-        kind = self._target.adapter_work(self._rows, layout)
+        kind = self._target.adapter_work(self._rows, layout, size)
         graph = self.graphs.get((size, kind)) or self.graphs[size, AdapterWork.SOME]
         return graph.replay()[:count]
 

@@ -235,6 +235,8 @@ def test_how_much_the_adapters_of_a_batch_are() -> None:
     assert work(second, third) is work(first) is AdapterWork.MANY
     assert work(first, second, lens=(100, 64)) is work(first, third, lens=(128, 1)) is AdapterWork.SOME
     assert work(third, second, lens=(128, 63)) is work(*[second] * 129) is AdapterWork.MANY
+    padded = {tokens: pool.work([second], (1,), tokens) for tokens in (1, 128, 256)}
+    assert padded == {1: AdapterWork.SOME, 128: AdapterWork.SOME, 256: AdapterWork.MANY}
 
 
 @pytest.mark.usefixtures("triton_pool")

@@ -31,6 +31,7 @@ class FakeTarget:
         self.adapters_behind = adapters_behind
         self.model = SimpleNamespace(spec=SimpleNamespace(hidden_size=2, dtype=torch.float32))
         self.work = AdapterWork.NONE
+        self.counted = 0
         self.asked: list[tuple[StepLayout, tuple[int, ...], AdapterWork]] = []
 
     def forward(
@@ -39,7 +40,8 @@ class FakeTarget:
         self.asked.append((layout, bounds, work))
         return torch.stack((layout.token_rows, layout.positions), dim=1).float()
 
-    def adapter_work(self, rows: DeviceRows, layout: StepLayout) -> AdapterWork:
+    def adapter_work(self, rows: DeviceRows, layout: StepLayout, num_tokens: int) -> AdapterWork:
+        self.counted = num_tokens
         return self.work
 
 
@@ -86,6 +88,7 @@ def test_padded_as_it_should_be(steps: list[tuple[list[int], list[int], list[int
         hidden = graphs.run(layout)
         assert torch.equal(hidden, torch.stack((layout.token_rows, layout.positions), dim=1).float())
         given, bounds, _ = target.asked[-1]
+        assert target.counted == size  # kernels are launched for that many
         assert given.query_lens is None and given.max_query_len == size == len(given.token_rows)
         assert bounds == (64,) * MAX_ROWS
         assert given.token_rows[count:].tolist() == [PADDING_ROW] * (size - count)
