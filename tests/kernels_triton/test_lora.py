@@ -194,6 +194,37 @@ def test_rotated(
     close(caches, wide_caches)
 
 
+@pytest.mark.parametrize(("programs", "loops"), [(15, 1), (9, 2), (1, 5)])
+def test_programs_of_several_blocks(
+    programs: int, loops: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tiles of five blocks of columns, on devices that hold so many programs: s that lies behind y is read once
+    for as many blocks as fill the device once. The last ones reach beyond a part's columns."""
+    monkeypatch.setattr(lora_grouped, "_PROGRAMS", programs)
+    monkeypatch.setattr(lora_grouped, "_column_constants", lora_grouped._column_constants.__wrapped__)  # not cached
+    assert lora_grouped._loops(5, 3) == loops
+    mix, dtype = mixed(150, device), torch.float32
+    for widths in ((24, 200, 70), (288, 288)):
+        linear, total = factors(24, widths, dtype, device), sum(widths)
+        x, y = (randn(150, width, dtype=dtype, device=device) for width in (24, total))
+        residual = randn(150, total + 20, dtype=dtype, device=device, seed=1)
+        want = oracle(x, y.double() + residual[:, 4 : total + 4], linear, mix)
+        beside = residual.clone()
+        product, update = split(mix.lora([linear]), 0, x, y)
+        update.add_to(beside[:, 4 : total + 4], product)
+        close(beside[:, 4 : total + 4], want)
+        assert torch.equal(beside[:, :4], residual[:, :4]) and torch.equal(beside[:, -16:], residual[:, -16:])
+    close(update.silu_mul(product), silu_mul_ref(oracle(x, y, linear, mix)))
+
+
+def test_what_is_gathered(device: torch.device) -> None:
+    """Tiles of several requests: where many of these are expected, and where no request fills one."""
+    mix = mixed(70, device)
+    for many, longest, gathers in ((False, None, False), (False, 64, False), (False, 63, True), (True, None, True)):
+        batch = grouped_lora([], MAX_RANK, mix.slot_ranks, *mix[:3], many=many, behind=True, max_query_len=longest)
+        assert batch.splits and batch.gathers is gathers
+
+
 def test_many_adapters(device: torch.device) -> None:
     """Ranks of 1 to 256, as many slots as tokens, beside prompts of one adapter each."""
     count = 130

@@ -7,7 +7,7 @@ rows of all adapter slots; rows [n] int64 picks those in use; weights [T, n] (fl
 the request's weight where the token's row uses the row's slot, else 0. Segmented products over many adapters:
 Punica's SGMV (Chen et al. 2023); here one dense product over the rows in use, masked by the weights.
 
-This is the way of the CPU and of float64; a GPU takes `lora_grouped`, whose batches are made on the device.
+This is the way of the CPU and of float64; a GPU takes `grouped_lora`, whose batches are made on the device.
 
 float64 is computed in float64, everything else in float32 and rounded once, when it is added to y: then no adapter can
 overflow into a token that does not use it.

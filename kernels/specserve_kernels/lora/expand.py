@@ -14,7 +14,7 @@ that do not use them, which leave sums as they are: a token's result does not de
     rotate   see qkv.rotate_and_cache, of y + Δ, whose heads belong to one part each
 
 What a program needs of B and of the tiles was there before the kernel in front of it began: it reads that before it
-waits for s and y (see overlap).
+waits for s and y (see overlap). Where s lies behind y it asks for y first, which need not wait for the tile's count.
 """
 
 from __future__ import annotations

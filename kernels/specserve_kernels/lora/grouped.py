@@ -81,9 +81,9 @@ def grouped_lora_ref(
 class Shrunk:
     """The first half of a linear's adapters, for whoever reads the linear's output, once.
 
-    s `lies` "dense" [N, parts, tile, K] or "compact" [N * tile, M, parts, R], see `shrink`, or "behind" [T, S * parts *
-    R], see `expand`; `b`, whose R is `rank_stride`, and `widths` as in SlotFactors. `tiles` was there before the
-    kernels of this linear began, s is to be waited for (see overlap).
+    s `lies` "dense" [N, parts, tile, K] or "compact" [N * tile, M, parts, R], as `shrink` or `gather` leaves it, or
+    "behind" [T, S * parts * R], see `expand`; `b`, whose R is `rank_stride`, and `widths` as in SlotFactors. `tiles`
+    was there before the kernels of this linear began, s is to be waited for (see overlap).
     """
 
     s: Tensor
@@ -95,7 +95,7 @@ class Shrunk:
     tiles: LoraTiles
     num_tokens: int
     dtype: torch.dtype
-    many: bool  # rank blocks are expected, as Folded says
+    many: bool  # rank blocks are expected, as GroupedLora says
     weights: Tensor | None = None  # of s that lies behind: see block_weights
 
     def add_to(self, y: Tensor, product: Tensor | None = None) -> None:
@@ -153,15 +153,15 @@ class Shrunk:
     def _traits(self, pdl: bool) -> _Traits:
         tiles = self.tiles
         return _Traits(
-            self.num_tokens, tiles.token_slots.shape[1], tiles.tile, self.parts, self.lies, self.rank_stride,
+            tiles.blocks.shape[0], tiles.token_slots.shape[1], tiles.tile, self.parts, self.lies, self.rank_stride,
             self.dtype, self.many or self.num_tokens <= _SOME_TOKENS, pdl,
         )  # fmt: skip
 
 
 class _Traits(NamedTuple):
-    """What the constants of a second half depend on."""
+    """What the constants of a second half depend on: of the tokens, only how many tiles they are."""
 
-    num_tokens: int
+    num_tiles: int
     per_row: int
     tile: int
     parts: int
@@ -194,7 +194,7 @@ def _column_constants(traits: _Traits, width: int) -> tuple[int, int, Mapping[st
     """(columns at once, how often in a program, the kernel's constants) for `width` columns of results."""
     columns, loops = 64, 4 if traits.lies == "compact" and not traits.mixed else 1
     if traits.lies == "behind":
-        loops = _loops(cdiv(width, columns), cdiv(traits.num_tokens, traits.tile))
+        loops = _loops(cdiv(width, columns), traits.num_tiles)
     return columns, loops, _common_constants(traits, 64) | {"COLUMNS": columns}
 
 
