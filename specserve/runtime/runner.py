@@ -108,7 +108,7 @@ class ModelRunner:
         """What the largest of the graphs will do, for measuring memory; nothing where there will be none."""
         largest = StepGraphs(self.target, None, self.rows, sizes, drafts=False).largest()
         if largest is not None:
-            largest.forward(largest.sizes[-1], AdapterWork.SOME if with_adapters else AdapterWork.NONE)
+            largest.forward(largest.sizes[-1], AdapterWork.MANY if with_adapters else AdapterWork.NONE)
 
     @contextmanager
     def pretended_adapters(self) -> Iterator[int]:
