@@ -101,9 +101,10 @@ class SpecserveEngine:
         drafting, self._drafting = self._drafting, SpeculationStats()
         firsts, self._firsts = self._firsts, [0, 0]
         ready = self.core.ready
-        facts: dict[str, object] = {"num_blocks": ready.num_blocks, "dtype": _weights(ready.quantization, ready.dtype)}
-        if ready.draft_quantization is not None:
-            facts["draft_dtype"] = _weights(ready.draft_quantization, ready.dtype)
+        made = ready.facts()
+        facts: dict[str, object] = {"num_blocks": ready.num_blocks, "dtype": made["weights"]}
+        if "draft_weights" in made:
+            facts["draft_dtype"] = made["draft_weights"]
         if drafting.rounds:
             facts["drafts_per_round"] = round(drafting.drafted / drafting.rounds, 3)
             facts["accepted_share"] = round(drafting.accepted / max(1, drafting.drafted), 4)
@@ -118,11 +119,6 @@ class SpecserveEngine:
         self.core.close()
         if self.core.built.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def _weights(quantization: str, dtype: str) -> str:
-    """What a model's weights are kept in."""
-    return dtype if quantization == "none" else quantization
 
 
 def open_engine(setup: Setup) -> SpecserveEngine:

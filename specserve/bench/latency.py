@@ -21,6 +21,7 @@ class Latency(msgspec.Struct, frozen=True):
 
     latencies: list[float]
     summary: Summary
+    made: dict[str, str]  # what it ran on, and in
 
     def flat(self) -> dict[str, object]:
         """By the names that `vllm bench latency --output-json` writes, and what it lacks."""
@@ -65,4 +66,4 @@ def bench_latency(
             on_iteration()
     finally:
         llm.close()
-    return Latency([run.duration for run in runs], summarise(runs))
+    return Latency([run.duration for run in runs], summarise(runs), llm.engine.ready.facts())

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import aiohttp
-import msgspec
-
 from specserve.bench.client import connect
 from specserve.bench.load import run_load
 from specserve.bench.records import Load, RequestRecord, TracedRequest
 from specserve.bench.servers import RunningServer, ServerFailedError
-from specserve.bench.target import ASK_SECONDS, COMPLETIONS, Target, look
+from specserve.bench.target import COMPLETIONS, Target, ask_version, look
 from specserve.core.errors import InvalidRequestError
 
 
@@ -26,9 +23,7 @@ class Sending:
     async def facts(self, server: RunningServer) -> dict[str, Any]:
         """What it tells of itself; raises ServerFailedError for one that is no such server."""
         target = await self._target(server)
-        facts: dict[str, Any] = {"engine": target.engine, "model": target.model}
-        version = await ask_version(target)
-        return facts if version is None else facts | {"version": version}
+        return {"engine": target.engine, "model": target.model} | await ask_version(target)
 
     async def run(
         self, server: RunningServer, trace: Sequence[TracedRequest], load: Load, ended: Callable[[RequestRecord], None]
@@ -61,20 +56,3 @@ class Sending:
             headers=self._headers,
         )
         return self._targets[server.url]
-
-
-async def ask_version(target: Target) -> str | None:
-    """Of the server's software, where it tells."""
-    limit = aiohttp.ClientTimeout(total=ASK_SECONDS)
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=limit, headers=target.headers) as session,
-            session.get(target.url + "/version") as response,
-        ):
-            return msgspec.json.decode(await response.read(), type=_Version).version
-    except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
-        return None
-
-
-class _Version(msgspec.Struct):
-    version: str

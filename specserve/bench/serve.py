@@ -16,7 +16,7 @@ from specserve.bench.client import Client, connect
 from specserve.bench.load import run_load
 from specserve.bench.options import ALL_ADAPTERS, WARM_UP_SEED, TraceOptions
 from specserve.bench.records import Load, RequestRecord, RunRecord, TracedRequest, VariantInfo
-from specserve.bench.target import CHAT, COMPLETIONS, Engine, Found, Target, look
+from specserve.bench.target import CHAT, COMPLETIONS, Engine, Found, Target, ask_version, look
 from specserve.bench.trace import as_text, make_trace, read_trace, write_trace
 from specserve.bench.vocabulary import Vocabulary
 from specserve.core.errors import InvalidRequestError
@@ -87,10 +87,11 @@ class Prepared(msgspec.Struct, frozen=True):
     target: Target
     trace: list[TracedRequest]
     warm_ups: list[TracedRequest]
+    made: dict[str, str]  # version, device and weights, as far as the server told
 
     @property
     def info(self) -> VariantInfo:
-        told = {"engine": self.target.engine, "model": self.target.model}
+        told = {"engine": self.target.engine, "model": self.target.model} | self.made
         return VariantInfo(self.target.engine, self.target.engine, url=self.target.url, server=told)
 
 
@@ -112,7 +113,8 @@ async def prepare(options: ServeOptions, asked: TraceOptions) -> Prepared:
     if options.save_trace is not None:
         write_trace(Path(options.save_trace), trace)
     warm_ups = _warm_ups(options.num_warmups, asked, tokens)
-    return Prepared(target, _fitting(trace, target, tokens), _fitting(warm_ups, target, tokens))
+    made = await ask_version(target)
+    return Prepared(target, _fitting(trace, target, tokens), _fitting(warm_ups, target, tokens), made)
 
 
 async def measure(

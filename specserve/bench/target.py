@@ -116,3 +116,26 @@ _OWNERS: Mapping[str, Engine] = {"specserve": "specserve", "vllm": "vllm", "sgla
 async def _is_tgi(session: aiohttp.ClientSession, url: str) -> bool:
     async with session.get(url + "/info") as response:
         return response.status == 200 and b"text-generation" in await response.read()
+
+
+async def ask_version(target: Target) -> dict[str, str]:
+    """Of the server's software, and what specserve tells beside it: the device, and what weights are kept in. Empty
+    where it does not tell."""
+    limit = aiohttp.ClientTimeout(total=ASK_SECONDS)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=limit, headers=target.headers) as session,
+            session.get(target.url + "/version") as response,
+        ):
+            found = msgspec.json.decode(await response.read(), type=_Version)
+            return {name: value for name, value in msgspec.structs.asdict(found).items() if value is not None}
+    except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
+        return {}
+
+
+class _Version(msgspec.Struct):
+    version: str
+    device: str | None = None
+    dtype: str | None = None
+    weights: str | None = None
+    draft_weights: str | None = None

@@ -16,6 +16,7 @@ class Throughput(msgspec.Struct, frozen=True):
 
     run: RunRecord
     summary: Summary
+    made: dict[str, str]  # what it ran on, and in
 
     def flat(self) -> dict[str, float]:
         """By the names that `vllm bench throughput --output-json` writes, and what it lacks."""
@@ -60,4 +61,4 @@ def bench_throughput(
         run = generate(llm, trace)
     finally:
         llm.close()
-    return Throughput(run, summarise([run]))
+    return Throughput(run, summarise([run]), llm.engine.ready.facts())

@@ -29,6 +29,9 @@ OFFLINE_HELP = {name: text for name, text in TRACE_HELP.items() if name not in T
 
 
 class Measured(Protocol):
+    @property
+    def made(self) -> dict[str, str]: ...
+
     def text(self) -> str: ...
 
     def flat(self) -> object: ...
@@ -102,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
     print(measured.text())
     if args.output_json is not None:
         options = {"trace": asked, "engine": msgspec.structs.asdict(engine)}
-        append_line(Path(args.output_json), surroundings() | options | {"metrics": measured.flat()})
+        found = {"made": measured.made, "metrics": measured.flat()}
+        append_line(Path(args.output_json), surroundings() | options | found)
         print(f"Added to {args.output_json}.")
     return 0
 

@@ -214,6 +214,16 @@ class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
     quantization: str = "none"  # of the model's weights
     draft_quantization: str | None = None  # of the draft model's; None: there is none
 
+    def facts(self) -> dict[str, str]:
+        """What a figure is worthless without: the device, and what weights are kept in, whatever `auto` chose."""
+        facts = {"device": self.device, "dtype": self.dtype, "weights": self._kept_in(self.quantization)}
+        if self.draft_quantization is not None:
+            facts["draft_weights"] = self._kept_in(self.draft_quantization)
+        return facts
+
+    def _kept_in(self, quantization: str) -> str:
+        return self.dtype if quantization == "none" else quantization
+
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
     """Start-up failed with a user error (say, an unreadable model)."""

@@ -27,8 +27,9 @@ async def ready(request: web.Request) -> web.Response:
     return json_response({"ready": False, "reason": reason}, status=503)
 
 
-async def version(_: web.Request) -> web.Response:
-    return json_response({"version": package_version()})
+async def version(request: web.Request) -> web.Response:
+    """Of the package, and what the engine runs on and in: who measures it writes that down."""
+    return json_response({"version": package_version(), **request.app[STATE].engine.ready.facts()})
 
 
 async def metrics(request: web.Request) -> web.Response:

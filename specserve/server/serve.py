@@ -50,9 +50,9 @@ async def serve(
             return
         made = engine.ready
         logger.info(
-            "The engine runs on %s in %s: a context of %d tokens, %d KV blocks of %d tokens; proposers: %s.",
-            made.device, made.dtype, made.max_model_len, made.num_blocks, engine_config.block_size,
-            ", ".join(made.proposers),
+            "The engine runs on %s in %s%s: a context of %d tokens, %d KV blocks of %d tokens; proposers: %s.",
+            made.device, made.dtype, other_weights(made.facts()), made.max_model_len, made.num_blocks,
+            engine_config.block_size, ", ".join(made.proposers),
         )  # fmt: skip
         metrics.watch(engine, engine_config.max_loras)
         state = ServerState(engine, config, metrics, config.served_model_name or (name,))
@@ -67,6 +67,12 @@ async def serve(
         finally:
             await engine.close()
             await runner.cleanup()
+
+
+def other_weights(facts: dict[str, str]) -> str:
+    """Those that are kept in something else than all the rest is."""
+    kept = {"weights": facts["weights"], "the draft's": facts.get("draft_weights", facts["dtype"])}
+    return "".join(f", {name} in {kind}" for name, kind in kept.items() if kind != facts["dtype"])
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -224,6 +224,8 @@ def test_offline_with_the_bundled_models(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["bench", "throughput", *common, "--num-prompts", "3", "--output-json", str(path)]) == 0
     metrics = last_line(path)["metrics"]
     assert (metrics["num_requests"], metrics["total_num_tokens"]) == (3, 3 * 12)
+    made = {"device": "cpu", "dtype": "float32", "weights": "float32", "draft_weights": "float32"}
+    assert last_line(path)["made"] == made
     assert metrics["output_tokens_per_second"] == pytest.approx(12 / metrics["elapsed_time"])
     times = ("--batch-size", "2", "--num-iters", "3", "--num-iters-warmup", "1", "--output-json", str(path))
     assert main(["bench", "latency", *common, *times]) == 0

@@ -12,7 +12,7 @@ from serverkit.processes import Server
 from specserve.bench.client import connect
 from specserve.bench.load import run_load
 from specserve.bench.records import RunRecord, TracedRequest
-from specserve.bench.target import CHAT, COMPLETIONS, Target, look
+from specserve.bench.target import CHAT, COMPLETIONS, Target, ask_version, look
 
 __all__ = ["scripted_server", "tiny"]
 
@@ -59,3 +59,11 @@ def test_what_the_server_refuses_is_in_the_record(scripted_server: Server) -> No
     assert errors[0].startswith("404: ") and "'nobody'" in errors[0]
     assert errors[1].startswith("400: top_p")
     assert errors[2] == "" and made.complete
+
+
+def test_a_server_tells_what_it_is_made_of(scripted_server: Server) -> None:
+    target = Target(url=scripted_server.url, engine="specserve", model="base")
+    told = asyncio.run(ask_version(target))
+    kept = {"device": "none", "dtype": "none", "weights": "fp8", "draft_weights": "none"}
+    assert told.pop("version")
+    assert told == kept

@@ -42,7 +42,7 @@ class FakeEngine:
         return web.json_response({"status": "ok"}, status=503 if self.args.never_ready else 200)
 
     async def version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": "fake-1"})
+        return web.json_response({"version": "fake-1", "device": "cpu", "weights": "int8", "more": 1})
 
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "fake", "object": "model"}]})

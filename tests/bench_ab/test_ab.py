@@ -120,7 +120,9 @@ def test_all_of_it_is_kept(fake: Fake, tmp_path: Path) -> None:
     assert {request.output_tokens for one in runs for request in one.requests} == {8}
     assert heard.ended == heard.requests == 2 * 6 * (2 + 1)
     info = outcome.comparison.variants[0]
-    assert info.server == {"engine": "openai", "model": "fake", "version": "fake-1"}
+    assert info.server == {
+        "engine": "openai", "model": "fake", "version": "fake-1", "device": "cpu", "weights": "int8",
+    }  # fmt: skip
     assert "--port" in info.command
     assert outcome.comparison.facts["turns"].startswith("interleaved")
 

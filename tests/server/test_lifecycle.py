@@ -18,6 +18,8 @@ import pytest
 
 from serverkit.fixtures import scripted_args
 from serverkit.processes import DEADLINE, Server, kit_environment, wait_until
+from specserve.core.messages import Ready
+from specserve.server.serve import other_weights
 
 SLOW = {"SCRIPTED_STEP_SECONDS": "0.02"}
 
@@ -199,3 +201,15 @@ def test_refused_settings_are_one_sentence(tiny: Path, args: list[str], said: st
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "draft", "said"),
+    [("none", None, ""), ("none", "int8", ", the draft's in int8"), ("fp8", "none", ", weights in fp8")],
+)
+def test_the_log_says_what_weights_are_kept_in(weights: str, draft: str | None, said: str) -> None:
+    made = Ready(
+        model="", vocab_size=1, max_model_len=1, eos_token_ids=[], proposers=[], num_blocks=1, device="cpu",
+        dtype="float32", quantization=weights, draft_quantization=draft,
+    )  # fmt: skip
+    assert other_weights(made.facts()) == said

@@ -68,6 +68,8 @@ class ScriptedCore:
             num_blocks=100,
             device="none",
             dtype="none",
+            quantization="fp8",
+            draft_quantization="none",
         )
         self._pause = float(os.environ.get("SCRIPTED_STEP_SECONDS", "0"))
         self._running: dict[str, Running] = {}
