@@ -24,6 +24,7 @@ from benchmarks.ops import (
     attention_prefill,
     bad_words,
     lora,
+    lora_layers,
     ngram,
     norm,
     qkv,
@@ -52,6 +53,7 @@ OPS: Mapping[str, Cases] = MappingProxyType(
         "top_k_top_p": top_k_top_p.cases,
         "rejection": rejection.cases,
         "lora": lora.cases,
+        "lora_layers": lora_layers.cases,
         "ngram": ngram.cases,
     }
 )

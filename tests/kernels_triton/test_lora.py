@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.ops.case import Setting
+from benchmarks.ops.lora_layers import WAYS, Load
+from benchmarks.shapes import SHAPES
+from specserve_kernels import dispatch
 from specserve_kernels.activation import silu_mul_ref
 from specserve_kernels.lora import grouped as lora_grouped
 from specserve_kernels.lora import shrink as lora_shrink
@@ -362,3 +366,14 @@ def test_a_replayed_graph_sees_todays_slots(dtype: torch.dtype, device: torch.de
         linear.a.mul_(-1)
         graph.replay()
         close(out, oracle(x, y, linear, mix))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_as_it_is_measured(way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's layer, by each way to what adapters add, against references in float32."""
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", frozenset({device.type}))
+    load = Load(Setting(SHAPES["tiny"], device, rows=(1,), contexts=(9,), prompt=40), tokens=40, each=3)
+    assert load.error(way) <= OP[torch.bfloat16][0]
+    assert len(load.layers) > 1
+    for mine, first in zip(load.layer(1, way), load.layer(0, way), strict=True):
+        assert not torch.equal(mine, first)  # each layer has weights of its own
