@@ -190,6 +190,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     num_drafts: int = 0  # rounds
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    drafted_per_pos: list[int] = []
     accepted_per_pos: list[int] = []
     draft_length: float = 0.0  # mean of what was chosen for the rows of the last step that left it to the engine
     step_cost_ratio: float = 1.0  # steps' time over what the table of costs predicted, lately

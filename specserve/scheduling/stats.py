@@ -9,7 +9,7 @@ from specserve.core.plan import PlanRow, RowResult
 
 @dataclass(slots=True)
 class SchedulerStats:
-    """Monotonic counters. `accepted_per_pos[j]`: rounds whose draft j was accepted."""
+    """Monotonic counters. Rounds whose draft j was made: `drafted_per_pos[j]`, and accepted: `accepted_per_pos[j]`."""
 
     steps: int = 0
     preemptions: int = 0
@@ -18,6 +18,7 @@ class SchedulerStats:
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    drafted_per_pos: list[int] = field(default_factory=list)
     accepted_per_pos: list[int] = field(default_factory=list)
 
     def record(self, row: PlanRow, result: RowResult, num_emitted: int) -> None:
@@ -28,6 +29,7 @@ class SchedulerStats:
         self.rounds += 1
         self.drafted += result.num_drafted
         self.accepted += result.num_accepted
-        self.accepted_per_pos.extend([0] * (row.num_drafts - len(self.accepted_per_pos)))
-        for index in range(result.num_accepted):
-            self.accepted_per_pos[index] += 1
+        for counts, count in ((self.drafted_per_pos, result.num_drafted), (self.accepted_per_pos, result.num_accepted)):
+            counts.extend([0] * (row.num_drafts - len(counts)))
+            for index in range(count):
+                counts[index] += 1

@@ -167,6 +167,13 @@ def _speculation(stats: EngineStats) -> Iterator[Metric]:
         ("probe_seconds", "Time that such probes took.", stats.probe_seconds),
     ):
         yield CounterMetricFamily(f"specserve:{name}", text, value=count)
+    # How many are drafted varies: acceptance at a position is vLLM's counter of the accepted ones over this one.
+    drafted = CounterMetricFamily(
+        "specserve:drafted_per_pos", "Rounds with a draft at this position.", labels=["position"]
+    )
+    for position, rounds in enumerate(stats.drafted_per_pos):
+        drafted.add_metric([str(position)], rounds)
+    yield drafted
 
 
 def _list(names: set[str]) -> str:

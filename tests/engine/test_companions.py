@@ -91,6 +91,14 @@ def test_acceptance_is_counted_for_each_adapter(open_self: Open) -> None:
             output.speculation.drafted, output.speculation.accepted,
         )  # fmt: skip
     assert (info(llm, "a1").drafted, info(llm, "a1").accepted) == (0, 0)
+    stats = llm.engine.stats()
+    assert (sum(stats.drafted_per_pos), sum(stats.accepted_per_pos)) == (
+        stats.num_draft_tokens, stats.num_accepted_tokens,
+    )  # fmt: skip
+    assert stats.drafted_per_pos[0] == stats.num_drafts
+    assert all(
+        accepted <= drafted for accepted, drafted in zip(stats.accepted_per_pos, stats.drafted_per_pos, strict=True)
+    )
 
 
 def test_pinned_it_stays(open_self: Open) -> None:

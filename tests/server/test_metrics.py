@@ -54,6 +54,11 @@ def test_names_and_types(scripted_server: Server) -> None:
 
 def test_choice_of_drafts_is_shown(scripted_server: Server) -> None:
     samples = scrape(scripted_server)
+    per_position = {
+        name: [samples[f"{name}_per_pos_total", f"position={place}"] for place in (0, 1)]
+        for name in ("specserve:drafted", "vllm:spec_decode_num_accepted_tokens")
+    }
+    assert list(per_position.values()) == [[5, 2], [3, 1]]
     assert samples["specserve:draft_length", ""] == 1.5
     assert samples["specserve:step_cost_ratio", ""] == 1.25
     assert samples["specserve:probed_rows_total", ""] == 7

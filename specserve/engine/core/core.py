@@ -240,6 +240,7 @@ class EngineCore:
             num_drafts=counted.rounds,
             num_draft_tokens=counted.drafted,
             num_accepted_tokens=counted.accepted,
+            drafted_per_pos=list(counted.drafted_per_pos),
             accepted_per_pos=list(counted.accepted_per_pos),
             draft_length=policy.mean_drafts,
             step_cost_ratio=policy.ratio,

@@ -129,6 +129,7 @@ class ScriptedCore:
             num_free_blocks=100 - len(self._running),
             steps=self._steps,
             generation_tokens=self._tokens,
+            drafted_per_pos=[5, 2],
             accepted_per_pos=[3, 1],
             draft_length=1.5,
             step_cost_ratio=1.25,
