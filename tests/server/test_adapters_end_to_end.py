@@ -167,6 +167,7 @@ def test_metrics_follow_loads_and_unloads(server: Server, root: Path) -> None:
     wait_until(lambda: ("specserve:adapter_tier", "later") not in samples(server), "its series are gone")
     after = samples(server)
     assert not any("later" in key for key in after)
+    assert after["specserve:lora_slots_used",] == held["specserve:lora_slots_used",] - 1
     assert after["specserve:lora_host_bytes",] == before["specserve:lora_host_bytes",]
 
 
