@@ -170,8 +170,9 @@ def _failed(server: RunningServer, what: str, *, killed: bool = False) -> Server
     assert server.log is not None
     text = server.log.read_text(errors="replace")
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it wrote nothing")
+    why = "perhaps for lack of memory" if killed else last[:300]  # who is killed has no time to say why
     return ServerFailedError(
         server.variant.name,
-        f"{server.variant.name} ({server.variant.title}) {what}: {last[:300]} (log: {server.log})",
+        f"{server.variant.name} ({server.variant.title}) {what}: {why} (log: {server.log})",
         lacks_memory=killed or _NO_MEMORY.search(text) is not None,
     )

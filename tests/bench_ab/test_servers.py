@@ -42,6 +42,17 @@ async def test_a_server_answers_and_goes(fake: Fake, tmp_path: Path) -> None:
         server.check_alive()
 
 
+async def test_a_server_that_is_killed_has_not_said_why(fake: Fake, tmp_path: Path) -> None:
+    started: list[RunningServer] = []
+    server = await start(fake("A"), tmp_path, started)
+    assert server.process is not None
+    server.process.kill()
+    server.process.wait()
+    with pytest.raises(ServerFailedError, match=r"A .* killed by SIGKILL while it was measured: perhaps for lack of m"):
+        server.check_alive()
+    await stop_servers(started)
+
+
 async def test_a_stubborn_server_and_its_children_are_killed(
     fake: Fake, gone: Gone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
