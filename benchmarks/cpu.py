@@ -50,8 +50,9 @@ def prompts() -> tuple[list[list[int]], list[Lora]]:
     return ids, adapters
 
 
-def variants(acceptance: dict[str, list[int]]) -> dict[str, Callable[[int], int]]:
-    """Name → a function of the round that generates once and returns how many tokens; ours add to `acceptance`."""
+def variants(acceptance: dict[str, list[int]]) -> tuple[dict[str, str], dict[str, Callable[[int], int]]]:
+    """What our engine is made of, and name → a function of the round that generates once and returns how many tokens;
+    ours add to `acceptance`."""
     ids, adapters = prompts()
     alone = [prompt for prompt, adapter in zip(ids, adapters, strict=True) if adapter is None]
     model = AutoModelForCausalLM.from_pretrained(DEMO_ROOT / "target", dtype=torch.float32).eval()
@@ -74,7 +75,7 @@ def variants(acceptance: dict[str, list[int]]) -> dict[str, Callable[[int], int]
         return [alone[turn % len(alone)]]
 
     on = SpeculationParams()
-    return {
+    return llm.engine.ready.facts(), {
         "generate 1": lambda turn: generate(pick(turn)),
         "ours 1": lambda turn: ours("ours 1", pick(turn), [None], on),
         "ours 1, no drafts": lambda turn: ours("ours 1, no drafts", pick(turn), [None], NO_SPECULATION),
@@ -85,10 +86,11 @@ def variants(acceptance: dict[str, list[int]]) -> dict[str, Callable[[int], int]
 
 
 @torch.inference_mode()
-def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Tokens/s of each variant in each round, after one round that is not counted; and the share of drafts accepted."""
+def measure(rounds: int) -> tuple[dict[str, str], dict[str, list[float]], dict[str, float]]:
+    """What our engine is made of, tokens/s of each variant in each round, after one round that is not counted, and the
+    share of drafts accepted."""
     counts: dict[str, list[int]] = {}
-    runs = variants(counts)
+    made, runs = variants(counts)
     for run in runs.values():
         run(0)
     counts.clear()
@@ -98,7 +100,7 @@ def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
             begin = time.perf_counter()
             tokens = run(turn)
             rates[name].append(round(tokens / (time.perf_counter() - begin), 1))
-    return rates, {name: round(taken / drafted, 3) for name, (drafted, taken) in counts.items() if drafted}
+    return made, rates, {name: round(taken / drafted, 3) for name, (drafted, taken) in counts.items() if drafted}
 
 
 def report(rates: dict[str, list[float]], acceptance: dict[str, float]) -> dict[str, float]:
@@ -121,12 +123,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rates, acceptance = measure(args.rounds)
+    made, rates, acceptance = measure(args.rounds)
     ratios = report(rates, acceptance)
     record = {
         "commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(),
         "threads": args.threads, "torch": torch.__version__, "transformers": transformers.__version__,
-        "tokens_per_second": rates, "acceptance": acceptance, "ratios": ratios,
+        "made": made, "tokens_per_second": rates, "acceptance": acceptance, "ratios": ratios,
     }  # fmt: skip
     append(RESULTS, record)
     print(f"Added to {RESULTS.relative_to(HERE.parent)}.")

@@ -83,8 +83,8 @@ def main() -> None:
     with Stage(seconds, "adapters and companions"):
         reports = dress(run, domains)
     with Stage(seconds, "measuring"):
-        cells = measure(run, domains)
-    around = surroundings(device) | {"tiny": args.tiny, "models": sizes(run), "seconds": seconds}
+        made, cells = measure(run, domains)
+    around = surroundings(device) | {"made": made, "tiny": args.tiny, "models": sizes(run), "seconds": seconds}
     for row in rows(cells, reports):
         append(output, around | row)
     show(cells, reports)
@@ -149,8 +149,9 @@ def companion(run: Run, domain: str) -> Report:
     return distill(settings)
 
 
-def measure(run: Run, domains: Sequence[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{domain: {"greedy" or "sampled": {who drafts: figures}}}; the base's own domain first."""
+def measure(run: Run, domains: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[str, dict[str, Any]]]]:
+    """What the engine is made of, and {domain: {"greedy" or "sampled": {who drafts: figures}}}; the base's own domain
+    first."""
     folders = {domain: run.adapter(domain) for domain in domains}
     plain = {f"{name}-plain": dressed(folder, None, run.work / "plain" / name) for name, folder in folders.items()}
     llm = LLM(
@@ -170,7 +171,7 @@ def measure(run: Run, domains: Sequence[str]) -> dict[str, dict[str, dict[str, A
             for kind, temperature in (("greedy", 0.0), ("sampled", TEMPERATURE))
         }
     llm.close()
-    return cells
+    return llm.engine.ready.facts(), cells
 
 
 def _drafts() -> SpeculationParams:

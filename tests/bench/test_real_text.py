@@ -50,6 +50,7 @@ def test_a_tiny_run(tmp_path: Path) -> None:
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert rows[0]["domain"] == "python"
+    assert rows[0]["made"]["weights"] == rows[0]["made"]["draft_weights"] == "float32"
     assert "cpp" in [row["domain"] for row in rows]
     for row in rows[1:]:
         assert set(row["cells"]["greedy"]) == {"no drafts", "base draft", "companion", "no adapter"}
