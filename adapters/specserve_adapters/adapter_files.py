@@ -112,7 +112,10 @@ def open_weights(path: Path, *, max_bytes: int | None = None) -> Iterator[Weight
     try:
         size = _size(path, WEIGHTS_NAME)
         if max_bytes is not None and size > max_bytes:
-            raise AdapterError(f"{path / WEIGHTS_NAME} has {size} bytes; at most {max_bytes} can be served here.")
+            raise AdapterError(
+                f"{path / WEIGHTS_NAME} has {size} bytes; at most {max_bytes} can be served here: "
+                "start with a larger --max-host-lora-bytes."
+            )
         descriptor = os.open(path / WEIGHTS_NAME, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             yield WeightsFile(path / WEIGHTS_NAME, descriptor)

@@ -99,7 +99,7 @@ class Intake:
         if stored.version not in store and not store.can_ever_fit(stored):
             raise AdapterError(
                 f"Adapter {source.name!r} needs {stored.num_bytes} bytes of host memory; adapters may take "
-                f"{store.max_bytes}, pinned ones included. Unpin adapters or allow more.",
+                f"{store.max_bytes}, pinned ones included: unpin others, or start with a larger --max-host-lora-bytes.",
                 param="path",
             )
         if isinstance(purpose, LoadTicket):

@@ -149,7 +149,10 @@ def _check_size(modules: Sequence[LoraModule], dtype: torch.dtype, max_bytes: in
     """Before any memory is taken."""
     size = dtype.itemsize * sum(module.a.numel + module.b.numel for module in modules)
     if max_bytes is not None and size > max_bytes:
-        raise AdapterError(f"It needs {size} bytes of host memory; adapters may take {max_bytes}. Allow more.")
+        raise AdapterError(
+            f"It needs {size} bytes of host memory; adapters may take {max_bytes}: start with a larger "
+            "--max-host-lora-bytes."
+        )
 
 
 def _check_tensor(name: str, tensor: StoredTensor, expected: tuple[int, int]) -> None:

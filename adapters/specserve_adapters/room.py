@@ -17,7 +17,8 @@ def check_request(uses: Uses, names: Catalogue, num_slots: int) -> None:
     entries = {use.entry for use in uses}
     if len(entries) > num_slots:
         raise InvalidRequestError(
-            f"lora: {len(entries)} adapters in one request; the device has {num_slots} slots.", param="lora"
+            f"lora: {len(entries)} adapters in one request; the device has {num_slots} slots (--max-loras).",
+            param="lora",
         )
     if entries and len(names.pins() | entries) > num_slots:
         raise AdapterBusyError(
