@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from specserve_kernels.lora.shrink import arrivals_of, shrink, shrink_cut
-from specserve_kernels.lora.tiles import LoraTiles, lora_tiles
+from specserve_kernels.lora.shrink import arrivals_of, shrink, shrink_cut, shrink_ref
+from specserve_kernels.lora.tiles import lora_tiles
 from specserve_kernels.tolerances import OP
 
 SLOTS, RANK, PER_ROW, ROWS = 5, 48, 2, 20
 RANKS = [3, 0, 48, 16, 17]
-
-
-def shrink_ref(x: Tensor, a: Tensor, parts: int, tiles: LoraTiles) -> Tensor:
-    """Dense s, block by block: [N, P, tile, ranks of the fullest tile's blocks]."""
-    s = x.new_zeros(len(tiles.counts), parts, tiles.tile, int(tiles.counts.max()) * 16, dtype=torch.float64)
-    for tile, count in enumerate(tiles.counts.tolist()):
-        tokens = torch.arange(tile * tiles.tile, (tile + 1) * tiles.tile)
-        x_tile = torch.zeros(tiles.tile, x.shape[1], dtype=torch.float64)
-        x_tile[: len(x) - tile * tiles.tile] = x.cpu()[tokens[0] : tokens[-1] + 1].double()
-        for j, code in enumerate(tiles.blocks[tile, :count].tolist()):
-            slot, first, ranks = code >> 16, (code >> 8 & 255) * 16, code & 255
-            slots, weights = tiles.token_slots.cpu()[tokens], tiles.token_weights.cpu()[tokens]
-            weight = (weights * (slots == slot)).sum(1)[:, None]
-            for part in range(parts):
-                row = (slot * parts + part) * RANK + first
-                s[tile, part, :, j * 16 : j * 16 + ranks] = x_tile @ a[row : row + ranks].cpu().double().t() * weight
-    return s
 
 
 @pytest.mark.parametrize(("tokens", "in_features", "parts"), [(1, 40, 1), (13, 540, 3), (70, 600, 1), (32, 8200, 1)])
@@ -50,7 +32,7 @@ def test_dense(tokens: int, in_features: int, parts: int, dtype: torch.dtype, de
     arrivals = torch.zeros(arrivals_of(num_tiles, parts, most), dtype=torch.int32, device=device)
     cut = shrink_cut(tokens, in_features, parts, PER_ROW, most, RANK, dtype, False)
     assert cut.dense
-    want = shrink_ref(x, a, parts, tiles)
+    want = shrink_ref(x, a, parts, RANK, tiles)
     first, again = (shrink(x, a, RANK, tiles, arrivals, cut) for _ in range(2))
     rtol, atol = OP[dtype]
     for tile, count in enumerate(tiles.counts.tolist()):

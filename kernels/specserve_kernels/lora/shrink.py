@@ -41,6 +41,24 @@ _COLUMNS = tl.constexpr(64)
 _PROGRAMS = 264  # two a multiprocessor
 
 
+def shrink_ref(x: Tensor, a: Tensor, parts: int, rank_stride: int, tiles: LoraTiles) -> Tensor:
+    """Dense s block by block in float64, on the CPU: [N, P, tile, ranks of the fullest tile's blocks]."""
+    x, a, counts, blocks, token_slots, token_weights = (
+        tensor.cpu() for tensor in (x, a, tiles.counts, tiles.blocks, tiles.token_slots, tiles.token_weights)
+    )
+    s = torch.zeros(len(counts), parts, tiles.tile, int(counts.max()) * RANK_BLOCK, dtype=torch.float64)
+    for tile, count in enumerate(counts.tolist()):
+        begin, end = tile * tiles.tile, min((tile + 1) * tiles.tile, len(x))
+        for j, code in enumerate(blocks[tile, :count].tolist()):
+            slot, first, ranks = code >> 16, (code >> 8 & 255) * RANK_BLOCK, code & 255
+            weight = (token_weights[begin:end] * (token_slots[begin:end] == slot)).sum(1)[:, None]
+            for part in range(parts):
+                row = (slot * parts + part) * rank_stride + first
+                shrunk = x[begin:end].double() @ a[row : row + ranks].double().t() * weight
+                s[tile, part, : end - begin, j * RANK_BLOCK : j * RANK_BLOCK + ranks] = shrunk
+    return s
+
+
 class ShrinkCut(NamedTuple):
     """How a shrink is launched: whether s is dense, the shape of s, how many floats one of the parts takes that
     are to be added, how many there are, programs a tile, and the kernel's last numbers and its constants.
