@@ -93,13 +93,15 @@ class ModelRunner:
         return [self.target] if self.draft is None else [self.target, self.draft]
 
     @torch.inference_mode()
-    def trial_step(self, num_rows: int, length: int) -> None:
+    def trial_step(self, num_rows: int, length: int, *, with_adapters: bool = False) -> None:
         """A step of `num_rows` sequences of `length` tokens that changes nothing, for measuring time and memory: the
-        padding row's, into block 0; greedy, with probabilities computed once for the samplers' temporaries."""
+        padding row's, into block 0; greedy, with probabilities computed once for the samplers' temporaries.
+        `with_adapters`: as if there were some, which takes memory of its own."""
         rows = (self.rows.padding_row,) * num_rows
         layout = uniform_layout(rows, upload(np.asarray(rows, dtype=np.int64), self.device), length)
         positions = -1 - layout.positions  # from 0 on in each sequence
-        hidden = self.target.forward(self.rows, layout, positions, (length,) * num_rows)
+        work = AdapterWork.MANY if with_adapters else AdapterWork.NONE
+        hidden = self.target.forward(self.rows, layout, positions, (length,) * num_rows, work=work)
         logits = self.target.model.compute_logits(hidden[length - 1 :: length])
         logits.float().softmax(-1).argmax(-1)
 

@@ -173,6 +173,7 @@ def test_trials_with_pretended_adapters_leave_nothing(
     interpreted()
     llm = _engine(zoo, scenario, device.type)
     llm.engine.measure_costs()
+    llm.engine.built.runner.trial_step(2, 5, with_adapters=True)
     plain, dressed = (model.table for model in llm.engine.scheduler.policy.models.values())
     assert dressed is not plain, "steps with adapters were measured apart"
     assert not any(state.adapters.slot_ranks.any() for state in llm.engine.built.runner.states)

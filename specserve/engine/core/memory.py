@@ -62,7 +62,8 @@ def _budget(config: EngineConfig, runner: ModelRunner, max_model_len: int, max_n
     for state in runner.states:
         state.allocate(1)  # all tokens of the trial go to block 0
     length = min(max_num_batched_tokens, max_model_len)
-    heaviest = peak_memory(runner.device, lambda: runner.trial_step(max_num_batched_tokens // length, length))
+    rows, with_adapters = max_num_batched_tokens // length, config.max_loras > 0
+    heaviest = peak_memory(runner.device, lambda: runner.trial_step(rows, length, with_adapters=with_adapters))
     graphs = 0 if config.enforce_eager else _graph_bytes(config, runner, max_model_len, max_num_batched_tokens)
     return max(0, free_memory(runner.device, config.gpu_memory_utilization) - heaviest - graphs)
 
