@@ -13,7 +13,7 @@ from specserve.bench.ab_text import text
 from specserve.bench.compare import comparisons
 from specserve.bench.kept import read_comparison
 from specserve.bench.report.pictures import pictures_of
-from specserve.bench.report.theme import DARK, LIGHT, save_png
+from specserve.bench.report.theme import save_pngs
 from specserve.core.errors import InvalidRequestError
 
 FOLDER, OUT = Path("benchmarks/results/ab-cpu"), Path("docs/images")
@@ -30,12 +30,7 @@ def draw(folder: Path, out: Path) -> list[Path]:
         raise InvalidRequestError(f"{folder} has no runs for: {', '.join(missing)}.")
     print(text(found[0]))  # what docs/benchmarking.md says beside them
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name in SHOWN:
-        for palette, ending in ((LIGHT, ""), (DARK, "-dark")):
-            paths.append(out / f"ab-{name}{ending}.png")
-            save_png(pictures[name], palette, paths[-1])
-    return paths
+    return [path for name in SHOWN for path in save_pngs(pictures[name], out, f"ab-{name}")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

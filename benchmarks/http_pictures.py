@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.http_rows import FOLDERS, Figures, read
-from specserve.bench.report.theme import DARK, LIGHT, MARKERS, Palette, Picture, canvas, legend, save_png
+from specserve.bench.report.theme import MARKERS, Palette, Picture, canvas, legend, save_pngs
 from specserve.bench.words import metric_name
 from specserve.core.errors import InvalidRequestError
 
@@ -129,12 +129,8 @@ def _points(axes: Axes, palette: Palette, one: Figures) -> None:
 def draw(folders: Sequence[Path], out: Path) -> list[Path]:
     """Returns the files."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for picture in pictures([read(folder) for folder in folders]):
-        for palette, ending in ((LIGHT, ""), (DARK, "-dark")):
-            paths.append(out / f"{picture.name}{ending}.png")
-            save_png(picture, palette, paths[-1])
-    return paths
+    drawn = pictures([read(folder) for folder in folders])
+    return [path for picture in drawn for path in save_pngs(picture, out, picture.name)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -231,7 +231,7 @@ class GroupedLora:
     counters: Tensor  # zeros: `ready` of each linear for `fold`, then the arrivals of either
     whole: LoraTiles | None  # all tokens in one tile, where they are few
     weights: Tensor | None = None  # of the tiles' blocks, where products may give s along with their output
-    gathers: bool = False  # what lies behind an output, for who adds B
+    gathers: bool = False  # whether `split` gathers s, rather than leave it behind the output
 
     @property
     def foldable(self) -> bool:

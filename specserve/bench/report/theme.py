@@ -96,9 +96,13 @@ def file_part(variant: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in variant.lower())
 
 
-def save_png(picture: Picture, palette: Palette, path: Path) -> None:
-    with _looks(picture.name):
-        picture.draw(palette).savefig(path, dpi=DPI, facecolor=palette.page, metadata={"Software": None})
+def save_pngs(picture: Picture, folder: Path, name: str) -> list[Path]:
+    """name.png for light pages and name-dark.png for dark ones."""
+    paths = [folder / f"{name}.png", folder / f"{name}-dark.png"]
+    for palette, path in zip((LIGHT, DARK), paths, strict=True):
+        with _looks(picture.name):
+            picture.draw(palette).savefig(path, dpi=DPI, facecolor=palette.page, metadata={"Software": None})
+    return paths
 
 
 def inline_svg(picture: Picture, *, narrow: bool = False) -> str:

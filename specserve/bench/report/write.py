@@ -61,14 +61,12 @@ def _draw(
     comparison: Comparison, found: Sequence[Compared], folder: Path, told: Callable[[str], None]
 ) -> tuple[list[Figure], list[Path]]:
     from specserve.bench.report.pictures import pictures_of  # noqa: PLC0415 (needs matplotlib)
-    from specserve.bench.report.theme import DARK, LIGHT, inline_svg, save_png  # noqa: PLC0415
+    from specserve.bench.report.theme import inline_svg, save_pngs  # noqa: PLC0415
 
     figures, paths = [], []
     for picture in pictures_of(comparison, found):
         told(picture.title)
-        for palette, ending in ((LIGHT, ""), (DARK, "-dark")):
-            paths.append(folder / f"{picture.name}{ending}.png")
-            save_png(picture, palette, paths[-1])
+        paths += save_pngs(picture, folder, picture.name)
         narrow = inline_svg(picture, narrow=True) if picture.wide else None
         figures.append(Figure(inline_svg(picture), picture.caption, narrow))
     return figures, paths
